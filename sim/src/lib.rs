@@ -1,0 +1,18 @@
+//! A simulated `libnvidia-ml.so.1`: the C ABI of NVML over a machine that consists of a few small files, with
+//! the rules by which the driver cuts GPUs into MIG instances. See `README.md`.
+
+#![deny(unsafe_code)]
+
+mod abi;
+pub mod board;
+pub mod calls;
+pub mod code;
+pub mod fault;
+pub mod layout;
+pub mod report;
+pub mod rules;
+mod session;
+pub mod state;
+pub mod store;
+mod stubs;
+pub mod tree;

@@ -1,0 +1,36 @@
+//! `migctl gc`: brings leases and GPUs back in step, as every acquire does first.
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::config::Settings;
+use crate::engine::{Action, Engine};
+use crate::gpu::nvml::Nvml;
+use crate::lease::short;
+use crate::report::Exit;
+
+/// The document of `migctl gc`.
+#[derive(Debug, Serialize)]
+struct Report {
+    actions: Vec<Action>,
+}
+
+/// Ends with 75 while something could not be freed, so that a timer's log shows it.
+pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
+    let nvml = Nvml::at(&settings.nvml);
+    let report = Report { actions: Engine::open(settings, &nvml)?.reconcile()? };
+    super::print(&report, json, text)?;
+    let stuck = report.actions.iter().any(|a| !matches!(a.result, "kept" | "freed"));
+    Ok(if stuck { Exit::NoRoom } else { Exit::Ok })
+}
+
+fn text(report: &Report) -> String {
+    if report.actions.is_empty() {
+        return "no leases: nothing to do\n".into();
+    }
+    let row = |a: &Action| {
+        let container = a.container.as_deref().map_or("-".to_owned(), |c| short(c).to_owned());
+        vec![a.result.to_owned(), a.token.clone(), container, a.reason.clone()]
+    };
+    super::table(&report.actions.iter().map(row).collect::<Vec<_>>())
+}

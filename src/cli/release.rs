@@ -1,0 +1,83 @@
+//! `migctl release`: gives back by hand what a container that has ended still holds.
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use crate::config::Settings;
+use crate::engine::{Engine, Failure, Released};
+use crate::gpu::nvml::Nvml;
+use crate::lease::Lease;
+use crate::report::Exit;
+
+/// Arguments of `migctl release`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Lease token, or container id; a beginning that fits only one will do
+    #[arg(value_name = "TOKEN|CONTAINER")]
+    name: String,
+}
+
+/// The document of `migctl release`.
+#[derive(Debug, Serialize)]
+struct Answer {
+    token: String,
+    #[serde(flatten)]
+    released: Released,
+}
+
+pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    let lease = find(&engine.leases()?, &args.name)?;
+    if engine.is_alive(&lease) {
+        let who = lease.held_by();
+        return Err(Failure::NotAllowed(format!("{who} is alive and keeps its slice; stop it first, then nothing is left to release")).into());
+    }
+    let answer = Answer { released: engine.release(&lease.token, None, "released by migctl")?, token: lease.token };
+    super::print(&answer, json, text)?;
+    Ok(if matches!(answer.released, Released::Done | Released::Unknown) { Exit::Ok } else { Exit::NoRoom })
+}
+
+fn find(leases: &[Lease], name: &str) -> Result<Lease> {
+    let container = |l: &Lease| l.holder.container.clone().unwrap_or_default();
+    if let Some(lease) = leases.iter().find(|l| l.token == name || container(l) == name) {
+        return Ok(lease.clone());
+    }
+    let mut fits = leases.iter().filter(|l| !name.is_empty() && (l.token.starts_with(name) || container(l).starts_with(name)));
+    match (fits.next(), fits.next()) {
+        (Some(lease), None) => Ok(lease.clone()),
+        (Some(_), Some(_)) => bail!(Failure::BadRequest(format!("{name:?} fits more than one lease; give more of it, see migctl leases"))),
+        (None, _) => bail!(Failure::BadRequest(format!("there is no lease or container {name:?}; see migctl leases"))),
+    }
+}
+
+fn text(answer: &Answer) -> String {
+    let token = &answer.token;
+    match &answer.released {
+        Released::Done | Released::Unknown => format!("lease {token} is released"),
+        Released::Busy { reason } => format!("lease {token} is marked for release, but {reason}; run migctl gc when that has ended"),
+        Released::Announced => format!("lease {token} is marked for release, but the lock was not free; run migctl gc"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{State, Way, tests::lease};
+
+    #[test]
+    fn by_token_container_or_an_unambiguous_beginning() {
+        let named = |token: &str, container: &str| {
+            let mut lease = lease(State::Active, Way::Shim);
+            lease.token = token.into();
+            lease.holder.container = Some(container.into());
+            lease
+        };
+        let leases = [named("aa1", "web"), named("aa2", "web2")];
+        assert_eq!(find(&leases, "web").unwrap().token, "aa1");
+        assert_eq!(find(&leases, "aa2").unwrap().token, "aa2");
+        assert_eq!(find(&leases, "web2").unwrap().token, "aa2");
+        assert!(find(&leases, "aa").unwrap_err().to_string().contains("more than one"));
+        assert!(find(&leases, "").unwrap_err().to_string().contains("no lease"));
+    }
+}

@@ -1,0 +1,361 @@
+//! `/etc/mig-hook/config.toml`: a [`Fragment`] as written becomes validated [`Settings`]. Every path of the outside world
+//! is here; an ordinary host needs no file at all.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::first::{SETTINGS, STATE_DIR};
+
+/// Where the driver's library may lie under `driver.root`, in order.
+const LIBRARY_DIRS: [&str; 6] =
+    ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"];
+const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// A settings file as written. Unknown keys are refused with the nearest valid one.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Fragment {
+    state_dir: Option<PathBuf>,
+    driver: DriverFragment,
+    runtime: RuntimeFragment,
+    limits: LimitsFragment,
+    slices: SlicesFragment,
+    placement: PlacementFragment,
+    requests: RequestsFragment,
+    log: LogFragment,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct DriverFragment {
+    root: Option<PathBuf>,
+    nvml: Option<PathBuf>,
+    proc_root: Option<PathBuf>,
+    dev_root: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RuntimeFragment {
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct LimitsFragment {
+    profiles: Option<Vec<String>>,
+    slices_per_container: Option<u32>,
+    gpus: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct SlicesFragment {
+    foreign: Foreign,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct PlacementFragment {
+    policy: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RequestsFragment {
+    environment: Option<bool>,
+    open_device_rules: Option<bool>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct LogFragment {
+    level: Option<String>,
+    socket: Option<PathBuf>,
+    audit_file: Option<PathBuf>,
+}
+
+/// Every key, for "did you mean". Kept equal to the structs above by a test.
+const KEYS: [&str; 16] = [
+    "state_dir",
+    "driver.root",
+    "driver.nvml",
+    "driver.proc_root",
+    "driver.dev_root",
+    "runtime.path",
+    "limits.profiles",
+    "limits.slices_per_container",
+    "limits.gpus",
+    "slices.foreign",
+    "placement.policy",
+    "requests.environment",
+    "requests.open_device_rules",
+    "log.level",
+    "log.socket",
+    "log.audit_file",
+];
+const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
+const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
+
+/// What may be done with slices that we did not create.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Foreign {
+    /// They are occupied room and nothing else.
+    #[default]
+    Refuse,
+    /// One with no lease, no process and no open device may be given to a container. Never destroyed.
+    Idle,
+}
+
+/// Validated settings. `file` is kept so that hooks that we write into a config use the same one.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The file that was read, or named; `None` where the default one does not exist.
+    pub file: Option<PathBuf>,
+    /// Leases and the lock (`state_dir`).
+    pub state_dir: PathBuf,
+    /// The driver's user-space root (`driver.root`).
+    pub driver_root: PathBuf,
+    /// The NVIDIA management library, absolute (`driver.nvml`).
+    pub nvml: PathBuf,
+    /// Where the driver's /proc files are (`driver.proc_root`). Pids are always read from the real /proc.
+    pub proc_root: PathBuf,
+    /// Where the host's device nodes are (`driver.dev_root`).
+    pub dev_root: PathBuf,
+    /// The low-level runtime (`runtime.path`).
+    pub runtime: Option<PathBuf>,
+    /// Profiles that may be asked for (`limits.profiles`); `None`: all.
+    pub profiles: Option<Vec<String>>,
+    /// Slices that one container may hold (`limits.slices_per_container`).
+    pub slices_per_container: u32,
+    /// GPUs that we manage, by index, UUID or PCI address (`limits.gpus`); `None`: all.
+    pub gpus: Option<Vec<String>>,
+    /// `slices.foreign`.
+    pub foreign: Foreign,
+    /// `placement.policy`.
+    pub policy: String,
+    /// Whether requests in the environment count at all (`requests.environment`).
+    pub environment: bool,
+    /// Whether containers whose device rules allow every NVIDIA device may have a slice (`requests.open_device_rules`).
+    pub open_device_rules: bool,
+    /// `log.level`.
+    pub level: String,
+    /// Datagram socket of journald or syslogd (`log.socket`).
+    pub log_socket: PathBuf,
+    /// JSON lines of grants, refusals and releases, besides the log (`log.audit_file`).
+    pub audit_file: Option<PathBuf>,
+}
+
+/// A settings file that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It can't be read.
+    #[error("cannot read the settings file {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Somebody other than root could change it.
+    #[error("settings file {path} can be written by others (owner {uid}, mode {mode:04o}); make it root-owned with mode 0644")]
+    Writable {
+        /// The file.
+        path: String,
+        /// Its owner.
+        uid: u32,
+        /// Its mode bits.
+        mode: u32,
+    },
+    /// Its content is wrong.
+    #[error("settings file {path}: {reason}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// What and what would be valid.
+        reason: String,
+    },
+}
+
+impl Settings {
+    /// Reads `file`, or the default one, which may be missing. A file that is named must exist.
+    pub fn load(file: Option<&Path>) -> Result<Settings, ConfigError> {
+        let path = file.unwrap_or(Path::new(SETTINGS));
+        let shown = path.display().to_string();
+        match std::fs::read_to_string(path) {
+            Ok(text) => {
+                refuse_if_writable_by_others(path, &shown)?;
+                let mut settings =
+                    Settings::parse(&text).map_err(|reason| ConfigError::Invalid { path: shown.clone(), reason })?;
+                let absolute = std::path::absolute(path).map_err(|source| ConfigError::Read { path: shown, source })?;
+                settings.file = Some(absolute);
+                Ok(settings)
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => {
+                Ok(Settings::from_fragment(Fragment::default()).unwrap_or_else(|_| unreachable_defaults()))
+            }
+            Err(source) => Err(ConfigError::Read { path: shown, source }),
+        }
+    }
+
+    /// Settings of a file's text. Pure but for finding the library under `driver.root`.
+    pub fn parse(text: &str) -> Result<Settings, String> {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string().trim_end().to_owned())?;
+        if let Some(unknown) = unknown_key(&table) {
+            return Err(format!(
+                "unknown key {unknown}; the nearest valid one is {}; valid are {}",
+                nearest(&unknown, &KEYS),
+                KEYS.join(", ")
+            ));
+        }
+        let fragment: Fragment = toml::from_str(text).map_err(|e| e.to_string().trim_end().to_owned())?;
+        Settings::from_fragment(fragment)
+    }
+
+    fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
+        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log } = fragment;
+        let driver_root = absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into());
+        let one_of = |key: &str, value: Option<String>, valid: &[&str]| match value {
+            None => Ok(valid[0].to_owned()),
+            Some(v) if valid.contains(&v.as_str()) => Ok(v),
+            Some(v) => Err(format!("{key} = \"{v}\" is not valid; it may be {}", valid.join(", "))),
+        };
+        if limits.slices_per_container == Some(0) {
+            return Err("limits.slices_per_container = 0 would refuse every request; leave it out or give at least 1".into());
+        }
+        Ok(Settings {
+            file: None,
+            state_dir: absolute("state_dir", state_dir)?.unwrap_or_else(|| STATE_DIR.into()),
+            nvml: absolute("driver.nvml", driver.nvml)?.unwrap_or_else(|| find_library(&driver_root)),
+            proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or_else(|| "/proc".into()),
+            dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or_else(|| driver_root.join("dev")),
+            driver_root,
+            runtime: absolute("runtime.path", runtime.path)?,
+            profiles: limits.profiles,
+            slices_per_container: limits.slices_per_container.unwrap_or(8),
+            gpus: limits.gpus,
+            foreign: slices.foreign,
+            policy: one_of("placement.policy", placement.policy, &POLICIES)?,
+            environment: requests.environment.unwrap_or(true),
+            open_device_rules: requests.open_device_rules.unwrap_or(false),
+            level: one_of("log.level", log.level.or(Some("info".into())), &LEVELS)?,
+            log_socket: absolute("log.socket", log.socket)?.unwrap_or_else(|| "/dev/log".into()),
+            audit_file: absolute("log.audit_file", log.audit_file)?,
+        })
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings::from_fragment(Fragment::default()).unwrap_or_else(|_| unreachable_defaults())
+    }
+}
+
+/// The defaults are absolute paths and valid words: `from_fragment` has nothing to refuse in them.
+fn unreachable_defaults() -> Settings {
+    unreachable!("the built-in settings are valid")
+}
+
+fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+    match path {
+        Some(p) if !p.is_absolute() => Err(format!("{key} = \"{}\" must be an absolute path", p.display())),
+        other => Ok(other),
+    }
+}
+
+fn find_library(root: &Path) -> PathBuf {
+    let found = LIBRARY_DIRS.iter().map(|dir| root.join(dir).join(LIBRARY)).find(|path| path.exists());
+    found.unwrap_or_else(|| root.join(LIBRARY_DIRS[0]).join(LIBRARY))
+}
+
+fn refuse_if_writable_by_others(path: &Path, shown: &str) -> Result<(), ConfigError> {
+    let Ok(meta) = path.metadata() else { return Ok(()) };
+    let ours = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
+    match ours && meta.mode() & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(ConfigError::Writable { path: shown.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 }),
+    }
+}
+
+fn unknown_key(table: &toml::Table) -> Option<String> {
+    table.iter().find_map(|(name, value)| match value {
+        toml::Value::Table(inner) if KEYS.iter().any(|k| k.starts_with(&format!("{name}."))) => {
+            inner.keys().map(|k| format!("{name}.{k}")).find(|k| !KEYS.contains(&k.as_str()))
+        }
+        _ => (!KEYS.contains(&name.as_str()) && !KEYS.iter().any(|k| k.starts_with(&format!("{name}."))))
+            .then(|| name.clone()),
+    })
+}
+
+/// The valid key that looks most like `unknown`.
+fn nearest<'a>(unknown: &str, valid: &[&'a str]) -> &'a str {
+    let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
+    let likeness = |key: &&&str| {
+        let whole = strsim::normalized_damerau_levenshtein(unknown, key);
+        let tail = strsim::normalized_damerau_levenshtein(&last(unknown), &last(key));
+        ((whole + tail) * 1e6) as u64
+    };
+    valid.iter().max_by_key(likeness).copied().unwrap_or("state_dir")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_an_ordinary_host() {
+        let settings = Settings::parse("").unwrap();
+        assert_eq!(settings.state_dir, Path::new("/run/mig-hook"));
+        assert_eq!(settings.proc_root, Path::new("/proc"));
+        assert_eq!(settings.dev_root, Path::new("/dev"));
+        assert_eq!(settings.policy, "scc");
+        assert!(settings.environment && !settings.open_device_rules);
+        assert!(settings.nvml.is_absolute());
+    }
+
+    #[test]
+    fn every_listed_key_is_accepted_and_no_other() {
+        for key in KEYS {
+            let value = match key {
+                "limits.slices_per_container" => "2",
+                "limits.profiles" | "limits.gpus" => "[\"0\"]",
+                "slices.foreign" => "\"idle\"",
+                "placement.policy" => "\"binpack\"",
+                "requests.environment" | "requests.open_device_rules" => "true",
+                "log.level" => "\"debug\"",
+                _ => "\"/x\"",
+            };
+            Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
+        }
+    }
+
+    #[test]
+    fn a_typo_names_the_nearest_key() {
+        for (typo, meant) in [
+            ("statedir = \"/x\"", "state_dir"),
+            ("[driver]\nnvlm = \"/x\"", "driver.nvml"),
+            ("[limits]\nprofile = []", "limits.profiles"),
+            ("[runtimes]\npath = \"/x\"", "runtime.path"),
+        ] {
+            let error = Settings::parse(typo).unwrap_err();
+            assert!(error.contains(&format!("nearest valid one is {meant};")), "{typo}: {error}");
+        }
+    }
+
+    #[test]
+    fn wrong_values_name_the_key_and_what_is_valid() {
+        for (text, part) in [
+            ("state_dir = \"rel\"", "absolute path"),
+            ("placement.policy = \"best\"", "scc, first-fit"),
+            ("limits.slices_per_container = 0", "at least 1"),
+            ("slices.foreign = \"all\"", "idle"),
+            ("state_dir = ", "state_dir"),
+        ] {
+            let error = Settings::parse(text).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}

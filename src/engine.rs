@@ -1,0 +1,873 @@
+//! The order of effects: acquire, confirm, release, reconcile. The only file that orders lease, GPU and lock.
+//!
+//! Every step is written down before it is done, so that the next run can finish what a killed one began. Requests and
+//! answers are plain values; nothing here knows an engine or a hook stage.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::config::{Foreign, Settings};
+use crate::first::index_name;
+use crate::gpu::{Device, Gpu, GpuError, Instance, MigMode};
+use crate::host::{self, Host, HostError, Majors, ProcessId};
+use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
+use crate::placement::{self, Choice, Held, NoPlace, Reason, Room, Window};
+use crate::profile;
+use crate::request::{GpuSelector, Request, Want};
+use crate::runtime;
+use crate::store::{Lock, Store, StoreError};
+
+/// Longest wait for the lock in acquire and reconcile.
+pub const ACQUIRE_LOCK_WAIT: Duration = Duration::from_secs(60);
+/// Longest wait for the lock in confirm: createRuntime hooks have 30 s.
+pub const BIND_LOCK_WAIT: Duration = Duration::from_secs(15);
+/// Longest wait for the lock in release: engines give poststop little time, and what is announced is not lost.
+pub const RELEASE_LOCK_WAIT: Duration = Duration::from_secs(5);
+/// How long acquire and reconcile go on trying to destroy what the driver calls in use. Never while holding the lock.
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
+/// Pauses between a release's tries: three within a second.
+const RELEASE_PAUSES: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(500)];
+/// Placements tried in one acquire when the driver refuses what looked free (a rival tool, a busy GPU).
+const PLACEMENT_TRIES: usize = 4;
+
+/// Why nothing was given.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The request can't be understood, or names what no GPU here offers.
+    #[error("{0}")]
+    BadRequest(String),
+    /// The settings forbid it.
+    #[error("{0}")]
+    NotAllowed(String),
+    /// It would fit another time.
+    #[error("{0}")]
+    NoRoom(String),
+    /// The lease is not, or no longer, what the caller thinks.
+    #[error("{0}")]
+    Stale(String),
+    /// The driver failed.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// The driver's files are not as they should be.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Our own state can't be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What acquire gives: the lease, Active, and the majors that its nodes have.
+#[derive(Debug, Clone)]
+pub struct Grant {
+    /// The lease as recorded.
+    pub lease: Lease,
+    /// Majors of the driver's devices.
+    pub majors: Majors,
+}
+
+/// What a createRuntime hook knows of the container.
+#[derive(Debug, Clone)]
+pub struct Binding {
+    /// Container id.
+    pub container: String,
+    /// Pid of init.
+    pub pid: u32,
+    /// Bundle directory, if it is to be believed (crun before 1.27 may say `/`).
+    pub bundle: Option<PathBuf>,
+    /// `--root` of the runtime.
+    pub runtime_root: Option<PathBuf>,
+    /// The runtime's program.
+    pub runtime: Option<PathBuf>,
+}
+
+/// What became of a release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome")]
+pub enum Released {
+    /// No such lease: somebody else has released it, or it never was.
+    Unknown,
+    /// Slices destroyed, lease gone.
+    Done,
+    /// The driver calls a slice in use: it stays Releasing until the next acquire or gc.
+    Busy {
+        /// In words.
+        reason: String,
+    },
+    /// The lock was not free; the end is announced, the next acquire or gc finishes it.
+    Announced,
+}
+
+/// What reconcile did with one lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Action {
+    /// The lease.
+    pub token: String,
+    /// Its container, where known.
+    pub container: Option<String>,
+    /// `kept`, `freed`, `busy`, `quarantined` or `failed`.
+    pub result: &'static str,
+    /// In words.
+    pub reason: String,
+}
+
+/// Leases on one machine's GPUs.
+#[derive(Debug)]
+pub struct Engine<'a> {
+    settings: &'a Settings,
+    store: Store,
+    host: Host,
+    gpu: &'a dyn Gpu,
+}
+
+/// What stands in the way of destroying a slice.
+enum Obstacle {
+    /// Try again later.
+    Busy(String),
+    /// Not surely ours, and something holds it.
+    Held(String),
+}
+
+impl<'a> Engine<'a> {
+    /// Opens the state; touches neither lock nor GPU.
+    pub fn open(settings: &'a Settings, gpu: &'a dyn Gpu) -> Result<Engine<'a>, Failure> {
+        let store = Store::open(&settings.state_dir)?;
+        let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
+        Ok(Engine { settings, store, host, gpu })
+    }
+
+    /// Gives what `request` asks for to `holder`, all of it or nothing.
+    pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Grant, Failure> {
+        self.check_limits(request)?;
+        let deadline = Instant::now() + BUSY_LIMIT;
+        let mut pause = Duration::from_millis(20);
+        loop {
+            let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+            self.store.begin_boot(&lock, &host::boot_id()?)?;
+            let busy = self.reap(&lock)?.iter().any(|action| action.result == "busy");
+            match self.acquire_locked(&lock, request, holder) {
+                // What ended a moment ago may be about to make room: the driver lets go a little later.
+                Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
+                outcome => {
+                    audit_outcome(request, holder, &outcome);
+                    return outcome;
+                }
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(500));
+        }
+    }
+
+    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder) -> Result<Grant, Failure> {
+        let majors = self.host.majors()?;
+        let leases = self.leases()?;
+        let mut unusable: Vec<(String, String)> = Vec::new();
+        let mut last = None;
+        for _ in 0..PLACEMENT_TRIES {
+            let devices = self.usable_devices(request, &unusable)?;
+            let slices = match self.choose(&devices, &leases, request) {
+                Err(refusal) => return Err(last.unwrap_or(refusal)),
+                Ok(slices) => slices,
+            };
+            let mut lease = self.new_lease(holder, slices)?;
+            self.store.put(lock, &lease.token, &lease)?;
+            self.store.ready_intent(lock, &lease.token)?;
+            match self.cut(lock, &mut lease, &leases, majors) {
+                Ok(()) => {
+                    lease.state = State::Active;
+                    self.store.put(lock, &lease.token, &lease)?;
+                    self.index(lock, &lease)?;
+                    return Ok(Grant { lease, majors });
+                }
+                Err((gpu, failure)) => {
+                    self.free(lock, lease, "it could not be cut");
+                    // A taken placement is seen when the GPU is read again; a GPU in another trouble is left out.
+                    if !matches!(failure, Failure::Gpu(GpuError::NoRoom { .. })) {
+                        unusable.push((gpu, failure.to_string()));
+                    }
+                    last = Some(failure);
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| Failure::NoRoom("no placement was accepted by the driver".into())))
+    }
+
+    /// Creates what a Pending lease plans. On failure the GPU concerned and the reason; undoing is the caller's.
+    fn cut(&self, lock: &Lock, lease: &mut Lease, others: &[Lease], majors: Majors) -> Result<(), (String, Failure)> {
+        for at in 0..lease.slices.len() {
+            let gpu = lease.slices[at].gpu.clone();
+            self.cut_one(lock, lease, at, others, majors).map_err(|failure| (gpu, failure))?;
+        }
+        Ok(())
+    }
+
+    fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease], majors: Majors) -> Result<(), Failure> {
+        let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
+        if lease.slices[at].ours {
+            lease.slices[at].step = Step::CreatingInstance;
+            self.store.put(lock, &lease.token, lease)?;
+            let instance = self.gpu.create_instance(&gpu, lease.slices[at].profile, lease.slices[at].placement)?;
+            lease.slices[at].gi = Some(instance.id);
+            lease.slices[at].step = Step::CreatingCompute;
+            self.store.put(lock, &lease.token, lease)?;
+            let compute = self.gpu.create_compute(&gpu, instance.id)?;
+            lease.slices[at].ci = Some(compute.id);
+            lease.slices[at].uuid = Some(compute.uuid);
+            lease.slices[at].step = Step::Whole;
+        }
+        let slice = &mut lease.slices[at];
+        if let (Some(gi), Some(ci)) = (slice.gi, slice.ci) {
+            slice.gi_minor = Some(self.host.instance_minor(minor, gi)?);
+            slice.ci_minor = Some(self.host.compute_minor(minor, gi, ci)?);
+        }
+        let taken: BTreeSet<u32> = others.iter().flat_map(Lease::minors).collect();
+        match [slice.gi_minor, slice.ci_minor].into_iter().flatten().find(|m| taken.contains(m)) {
+            Some(m) => Err(Failure::NoRoom(format!("capability {}:{m} still belongs to another lease", majors.caps))),
+            None => Ok(()),
+        }
+    }
+
+    fn new_lease(&self, holder: &Holder, slices: Vec<Slice>) -> Result<Lease, Failure> {
+        Ok(Lease {
+            version: VERSION,
+            token: host::token()?,
+            state: State::Pending,
+            reason: None,
+            created_boot_ms: host::boot_ms(),
+            created_ms: host::wall_ms(),
+            holder: holder.clone(),
+            slices,
+        })
+    }
+
+    fn check_limits(&self, request: &Request) -> Result<(), Failure> {
+        let most = request.alternatives.iter().map(Vec::len).max().unwrap_or(0);
+        let limit = self.settings.slices_per_container;
+        let too_many = || format!("{request} asks for {most} slices; limits.slices_per_container allows {limit}");
+        if most > limit as usize {
+            return Err(refused(request, Failure::NotAllowed(too_many())));
+        }
+        let Some(allowed) = &self.settings.profiles else { return Ok(()) };
+        let names = request.alternatives.iter().flatten().filter_map(|want| match want {
+            Want::Profile(name) => Some(name),
+            _ => None,
+        });
+        match names.into_iter().find(|name| !allowed.contains(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let why = format!("profile {name} is not allowed here; limits.profiles allows {}", allowed.join(", "));
+                Err(refused(request, Failure::NotAllowed(why)))
+            }
+        }
+    }
+
+    /// The GPUs that may serve the request: managed by us, MIG on, not found unusable, with the allowed profiles only.
+    fn usable_devices(&self, request: &Request, unusable: &[(String, String)]) -> Result<Vec<Device>, Failure> {
+        let mut devices = self.gpu.devices()?;
+        if devices.is_empty() {
+            return Err(Failure::BadRequest("this machine has no NVIDIA GPU".into()));
+        }
+        if let Some(managed) = &self.settings.gpus {
+            devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
+            if devices.is_empty() {
+                return Err(Failure::NotAllowed(format!("limits.gpus names no GPU of this machine: {}", managed.join(", "))));
+            }
+        }
+        if let Some(wanted) = &request.gpu {
+            let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
+            devices.retain(|d| wanted.matches(d));
+            if devices.is_empty() {
+                return Err(Failure::BadRequest(format!("mig.gpu names no GPU here: {wanted}; there are {}", present.join(", "))));
+            }
+        }
+        let off: Vec<String> = devices.iter().filter(|d| d.mig != MigMode::On).map(mode_sentence).collect();
+        devices.retain(|d| d.mig == MigMode::On);
+        if devices.is_empty() {
+            return Err(Failure::BadRequest(off.join("; ")));
+        }
+        devices.retain(|d| !unusable.iter().any(|(uuid, _)| *uuid == d.uuid));
+        if devices.is_empty() {
+            let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
+            return Err(Failure::NoRoom(reasons.join("; ")));
+        }
+        if let Some(allowed) = &self.settings.profiles {
+            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
+        }
+        Ok(devices)
+    }
+
+    /// The slices for the first alternative that can be met: existing ones where they may be taken, else new ones.
+    fn choose(&self, devices: &[Device], leases: &[Lease], request: &Request) -> Result<Vec<Slice>, Failure> {
+        let mut refusals = Vec::new();
+        for wants in &request.alternatives {
+            match self.choose_all(devices, leases, wants) {
+                Ok(slices) => return Ok(slices),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        // One sentence each; the kind of the least final one: what may fit later is worth another try.
+        let text = refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; or else ");
+        match refusals.into_iter().find(|r| matches!(r, Failure::NoRoom(_))) {
+            Some(_) => Err(Failure::NoRoom(text)),
+            None => Err(Failure::BadRequest(text)),
+        }
+    }
+
+    fn choose_all(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Failure> {
+        let mut found: Vec<Option<Slice>> = Vec::new();
+        for want in wants {
+            let slice = self.locate(devices, leases, want, &found)?;
+            found.push(slice);
+        }
+        let to_cut: Vec<Want> = wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
+        let mut cut = self.place(devices, leases, &to_cut)?.into_iter();
+        Ok(found.into_iter().filter_map(|slice| slice.or_else(|| cut.next())).collect())
+    }
+
+    /// An existing slice for `want`: named by UUID, or idle and of that profile where the settings let foreign ones go.
+    fn locate(&self, devices: &[Device], leases: &[Lease], want: &Want, found: &[Option<Slice>]) -> Result<Option<Slice>, Failure> {
+        let wanted = |device: &Device, instance: &Instance, uuid: &str| match want {
+            Want::Uuid(name) => name.eq_ignore_ascii_case(uuid) || *name == old_uuid(device, instance),
+            Want::Profile(name) => device.profile(instance.profile).is_some_and(|p| p.name == *name),
+            Want::Memory { bytes } => profile::resolve_memory(device, *bytes).is_some_and(|p| p.id == instance.profile),
+        };
+        let by_name = matches!(want, Want::Uuid(_));
+        if !by_name && self.settings.foreign == Foreign::Refuse {
+            return Ok(None);
+        }
+        for device in devices {
+            for instance in &device.instances {
+                let [compute] = instance.compute.as_slice() else { continue };
+                if !wanted(device, instance, &compute.uuid) {
+                    continue;
+                }
+                let same = |s: &Slice| s.gpu == device.uuid && s.placement == instance.placement;
+                let obstacle = match leases.iter().find(|lease| lease.slices.iter().any(same)) {
+                    Some(lease) => Some(format!("is held by {}", lease.held_by())),
+                    None if found.iter().flatten().any(same) => Some("is named twice".into()),
+                    None if self.settings.foreign == Foreign::Refuse => Some(
+                        "was not created by mig-hook and may be somebody's; setting slices.foreign = \"idle\" lets idle ones be given".into(),
+                    ),
+                    None => self.user_of(device, instance)?.map(|pid| format!("is in use by process {pid}")),
+                };
+                match obstacle {
+                    None => return Ok(Some(located(device, instance, compute.id, &compute.uuid))),
+                    Some(why) if by_name => return Err(Failure::NoRoom(format!("slice {want} {why}"))),
+                    Some(_) => {}
+                }
+            }
+        }
+        match by_name {
+            true => Err(Failure::BadRequest(format!("there is no MIG slice {want} on the GPUs that may serve this container"))),
+            false => Ok(None),
+        }
+    }
+
+    /// A process that the driver lists in an instance, or that has its capabilities open.
+    fn user_of(&self, device: &Device, instance: &Instance) -> Result<Option<u32>, Failure> {
+        let processes = self.gpu.processes(&device.uuid)?;
+        if let Some(process) = processes.iter().find(|p| p.instance == Some(instance.id)) {
+            return Ok(Some(process.pid));
+        }
+        let mut minors = BTreeSet::from([self.host.instance_minor(device.minor, instance.id)?]);
+        for compute in &instance.compute {
+            minors.insert(self.host.compute_minor(device.minor, instance.id, compute.id)?);
+        }
+        Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
+    }
+
+    /// New slices for all of `wants`, at the best placements.
+    fn place(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Failure> {
+        let rooms: Vec<Room> = devices
+            .iter()
+            .map(|device| {
+                let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|s| s.gpu == device.uuid);
+                let window = |s: &Slice| Window { profile: Some(s.profile), placement: s.placement };
+                Room { device, occupied: slices.map(window).collect() }
+            })
+            .collect();
+        let policy = serde_json::from_value(self.settings.policy.clone().into()).unwrap_or_default();
+        let placed = placement::candidates(&rooms, wants, None)
+            .and_then(|candidates| placement::place(&rooms, &candidates, policy));
+        match placed {
+            Ok(choices) => Ok(choices.iter().filter_map(|choice| planned(devices, choice)).collect()),
+            Err(refusal) => Err(match refusal.reason {
+                Reason::NotOffered { .. } | Reason::NeverFits => Failure::BadRequest(refusal.to_string()),
+                Reason::NoRoom | Reason::Fragmented => Failure::NoRoom(with_holders(&refusal, leases)),
+            }),
+        }
+    }
+
+    /// Binds the container that was started with a lease. Fails, and so fails the container's create, when the lease is
+    /// gone, on its way out, or another container's.
+    pub fn confirm(&self, token: &str, binding: &Binding) -> Result<(), Failure> {
+        let lock = self.store.lock(BIND_LOCK_WAIT)?;
+        let stale = |why: String| Failure::Stale(format!("lease {token} {why}; start the container again"));
+        let Some(mut lease) = self.store.get::<Lease>(token, VERSION)? else {
+            return Err(stale("was freed before the container was created".into()));
+        };
+        if lease.state != State::Active || self.store.announced(token) {
+            return Err(stale("is being released".into()));
+        }
+        match &lease.holder.container {
+            Some(other) if *other != binding.container => return Err(stale(format!("is held by {}", lease.held_by()))),
+            _ => {}
+        }
+        let holder = &mut lease.holder;
+        holder.container = Some(binding.container.clone());
+        holder.init = host::process(binding.pid);
+        holder.cgroup = host::cgroup(binding.pid).or(holder.cgroup.take());
+        holder.bundle = binding.bundle.clone().or(holder.bundle.take());
+        holder.runtime_root = binding.runtime_root.clone().or(holder.runtime_root.take());
+        holder.runtime = binding.runtime.clone().or(holder.runtime.take());
+        holder.mount_namespace = host::mount_namespace(std::process::id());
+        self.store.put(&lock, token, &lease)?;
+        self.index(&lock, &lease)
+    }
+
+    /// Takes over the lease that a config is marked with: one that a living owner has just made and nobody has bound.
+    pub fn adopt(&self, token: &str, holder: &Holder) -> Result<bool, Failure> {
+        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+        let Some(mut lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(false) };
+        let unbound = lease.state == State::Active && lease.holder.container.is_none();
+        if !unbound || self.store.announced(token) || !lease.holder.owner.is_some_and(host::alive) {
+            return Ok(false);
+        }
+        lease.holder = Holder { way: lease.holder.way, owner: lease.holder.owner, ..holder.clone() };
+        self.store.put(&lock, token, &lease)?;
+        self.index(&lock, &lease)?;
+        Ok(true)
+    }
+
+    /// Gives back what `token` holds, if it is `container`'s where one is named. Idempotent: unknown is success.
+    pub fn release(&self, token: &str, container: Option<&str>, why: &str) -> Result<Released, Failure> {
+        let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Unknown) };
+        if let (Some(given), Some(holder)) = (container, &lease.holder.container) {
+            if given != holder {
+                let who = lease.held_by();
+                return Err(Failure::Stale(format!("lease {token} belongs to {who}, not to container {given}: nothing was released")));
+            }
+        }
+        self.store.announce(token);
+        let mut pauses = RELEASE_PAUSES.iter();
+        loop {
+            let lock = match self.store.lock(RELEASE_LOCK_WAIT) {
+                Err(StoreError::Busy { .. }) => return Ok(Released::Announced),
+                lock => lock?,
+            };
+            let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Done) };
+            let action = self.free(&lock, lease, why);
+            drop(lock);
+            match (action.result, pauses.next()) {
+                ("freed", _) => return Ok(Released::Done),
+                ("busy", Some(pause)) => std::thread::sleep(*pause),
+                _ => return Ok(Released::Busy { reason: action.reason }),
+            }
+        }
+    }
+
+    /// Brings leases and GPUs back in step: finishes what was begun, frees what nobody holds. One entry a lease.
+    pub fn reconcile(&self) -> Result<Vec<Action>, Failure> {
+        let deadline = Instant::now() + BUSY_LIMIT;
+        let mut pause = Duration::from_millis(50);
+        let mut freed: Vec<Action> = Vec::new();
+        loop {
+            let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+            self.store.begin_boot(&lock, &host::boot_id()?)?;
+            let mut actions = self.reap(&lock)?;
+            drop(lock);
+            let busy = actions.iter().any(|action| action.result == "busy");
+            if !busy || Instant::now() + pause > deadline {
+                actions.splice(0..0, freed);
+                return Ok(actions);
+            }
+            freed.extend(actions.into_iter().filter(|action| action.result == "freed"));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    /// One look at every lease, one try for each that is to go. An unreadable one stops us before anything is touched.
+    fn reap(&self, lock: &Lock) -> Result<Vec<Action>, Failure> {
+        let mut actions = Vec::new();
+        for mut lease in self.leases()? {
+            if self.learn_init(&mut lease) {
+                self.store.put(lock, &lease.token, &lease)?;
+            }
+            let action = match verdict(&lease, self.facts(&lease)) {
+                Verdict::Keep(reason) => Some(action(&lease, "kept", reason)),
+                Verdict::Free(reason) => Some(self.free(lock, lease, reason)),
+                Verdict::Orphan => self.orphan(lock, lease)?,
+            };
+            actions.extend(action);
+        }
+        Ok(actions)
+    }
+
+    /// Every lease. Unreadable ones are an error: what we don't understand we leave alone, all of it.
+    pub fn leases(&self) -> Result<Vec<Lease>, Failure> {
+        let mut leases = Vec::new();
+        for token in self.store.tokens()? {
+            leases.extend(self.store.get::<Lease>(&token, VERSION)?);
+        }
+        Ok(leases)
+    }
+
+    /// A shim's lease learns its init from the pid file that the runtime wrote. True when it did.
+    fn learn_init(&self, lease: &mut Lease) -> bool {
+        let holder = &lease.holder;
+        if lease.state != State::Active || holder.init.is_some() {
+            return false;
+        }
+        let Some(process) = holder.pid_file.as_deref().and_then(pid_in) else { return false };
+        // A pid file may be older than a reused pid: the process must be in the cgroup that the config named.
+        let at = host::cgroup(process.pid);
+        let expected = holder.cgroup.as_deref().is_none_or(|wanted| at.as_deref().is_some_and(|c| c.ends_with(wanted)));
+        if expected {
+            lease.holder.init = Some(process);
+            lease.holder.cgroup = at.or(lease.holder.cgroup.take());
+            lease.holder.mount_namespace = host::mount_namespace(std::process::id());
+        }
+        expected
+    }
+
+    fn facts(&self, lease: &Lease) -> Facts {
+        let holder = &lease.holder;
+        let init = match holder.init {
+            Some(process) if host::alive(process) => Init::Alive,
+            Some(_) => Init::Dead,
+            None if holder.container.is_some() && holder.pid_file.as_deref().is_some_and(Path::exists) => Init::Dead,
+            None => Init::Unknown,
+        };
+        // Looking through every process is for the few leases whose end depends on it.
+        let unsure = init == Init::Dead || lease.state == State::Quarantined;
+        Facts {
+            announced: self.store.announced(&lease.token),
+            owner_alive: holder.owner.is_some_and(host::alive),
+            init,
+            held: unsure && self.held(lease),
+            bundle_exists: holder.bundle.as_deref().is_none_or(Path::exists),
+            age_ms: host::boot_ms().saturating_sub(lease.created_boot_ms),
+        }
+    }
+
+    fn held(&self, lease: &Lease) -> bool {
+        let in_cgroup = lease.holder.cgroup.as_deref().is_some_and(|c| !host::processes_in(c).is_empty());
+        let minors: BTreeSet<u32> = lease.minors().collect();
+        in_cgroup || self.host.majors().is_ok_and(|m| !host::holders_of(m.caps, &minors).is_empty())
+    }
+
+    /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The
+    /// runtime must agree, and the bundle must be missing twice, a minute apart.
+    fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Option<Action>, Failure> {
+        let now = host::boot_ms();
+        let holder = &mut lease.holder;
+        let since = *holder.bundle_missing_boot_ms.get_or_insert(now);
+        self.store.put(lock, &lease.token, &lease)?;
+        let holder = &lease.holder;
+        let waited = now.saturating_sub(since) >= ORPHAN_WAIT_MS;
+        let here = holder.mount_namespace == host::mount_namespace(std::process::id());
+        let (Some(program), Some(id)) = (&holder.runtime, &holder.container) else {
+            return Ok(Some(action(&lease, "kept", "its bundle is gone, but which runtime started it is not known")));
+        };
+        if !waited || !here {
+            return Ok(Some(action(&lease, "kept", "its bundle is gone; it is looked at again in a minute, from its mount namespace")));
+        }
+        let root = holder.runtime_root.as_deref();
+        match runtime::status(program, root, id).as_deref() {
+            Some("created") if runtime::delete_force(program, root, id) => {
+                Ok(Some(self.free(lock, lease, "it was created and abandoned by its engine")))
+            }
+            _ => Ok(Some(action(&lease, "kept", "its container is alive, though its bundle is gone"))),
+        }
+    }
+
+    /// Destroys a lease's slices, one try, and forgets it when nothing is left. What is in the way stays recorded.
+    fn free(&self, lock: &Lock, mut lease: Lease, why: &str) -> Action {
+        let recovering = matches!(lease.state, State::Pending | State::Quarantined);
+        lease.state = State::Releasing;
+        lease.reason = Some(why.to_owned());
+        let mut result = self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| None);
+        for at in 0..lease.slices.len() {
+            if let Ok(None) = result {
+                result = self.destroy(lock, &mut lease, at, recovering);
+            }
+        }
+        let done = match result {
+            Ok(None) => self.forget(lock, &lease).map(|()| action(&lease, "freed", why)),
+            Ok(Some(Obstacle::Busy(what))) => Ok(action(&lease, "busy", &format!("{why}; {what}"))),
+            Ok(Some(Obstacle::Held(what))) => {
+                lease.state = State::Quarantined;
+                lease.reason = Some(what.clone());
+                self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| action(&lease, "quarantined", &what))
+            }
+            Err(failure) => Err(failure),
+        };
+        let action = done.unwrap_or_else(|failure| action(&lease, "failed", &format!("{why}; {failure}")));
+        tracing::debug!(token = %action.token, result = action.result, reason = %action.reason, "freeing a lease");
+        action
+    }
+
+    /// Destroys one slice if it is there and ours. `recovering`: a killed process left it, so that how far it got is only
+    /// known as "at least to the step before": then nothing may hold it.
+    fn destroy(&self, lock: &Lock, lease: &mut Lease, at: usize, recovering: bool) -> Result<Option<Obstacle>, Failure> {
+        let slice = lease.slices[at].clone();
+        if !slice.ours || matches!(slice.step, Step::Planned | Step::Gone) {
+            return Ok(None);
+        }
+        let Some(instance) = self.still_ours(&slice)? else { return Ok(None) };
+        if recovering || slice.step != Step::Whole {
+            if let Some(pid) = self.user_in(&slice, &instance)? {
+                let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
+                return Ok(Some(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
+            }
+        }
+        lease.slices[at].gi = Some(instance.id);
+        for compute in &instance.compute {
+            lease.slices[at].step = Step::DestroyingCompute;
+            self.store.put(lock, &lease.token, lease)?;
+            if let Some(busy) = obstacle(self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {
+                return Ok(Some(busy));
+            }
+        }
+        lease.slices[at].step = Step::DestroyingInstance;
+        self.store.put(lock, &lease.token, lease)?;
+        if let Some(busy) = obstacle(self.gpu.destroy_instance(&slice.gpu, instance.id))? {
+            return Ok(Some(busy));
+        }
+        lease.slices[at].step = Step::Gone;
+        Ok(None)
+    }
+
+    /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
+    fn still_ours(&self, slice: &Slice) -> Result<Option<Instance>, Failure> {
+        let same = |i: &Instance| i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id);
+        let Some(instance) = self.gpu.instances(&slice.gpu)?.into_iter().find(same) else { return Ok(None) };
+        let strangers = match slice.step {
+            // We had not come to the compute instance, or had destroyed it: one that is there is a rival's.
+            Step::CreatingInstance | Step::DestroyingInstance => !instance.compute.is_empty(),
+            Step::CreatingCompute => instance.compute.len() > 1,
+            _ => instance.compute.iter().any(|c| Some(&c.uuid) != slice.uuid.as_ref()),
+        };
+        if strangers {
+            tracing::warn!(gpu = %slice.gpu, placement = %slice.placement, "the GPU instance here is another's now; it stays");
+        }
+        Ok((!strangers).then_some(instance))
+    }
+
+    fn user_in(&self, slice: &Slice, instance: &Instance) -> Result<Option<u32>, Failure> {
+        let listed = self.gpu.processes(&slice.gpu)?.into_iter().find(|p| p.instance == Some(instance.id));
+        if let Some(process) = listed {
+            return Ok(Some(process.pid));
+        }
+        let mut minors = BTreeSet::new();
+        minors.extend(self.host.instance_minor(slice.gpu_minor, instance.id));
+        for compute in &instance.compute {
+            minors.extend(self.host.compute_minor(slice.gpu_minor, instance.id, compute.id));
+        }
+        Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
+    }
+
+    fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
+        self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
+        audit_release(lease);
+        Ok(())
+    }
+
+    fn index(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
+        match index_of(&lease.holder) {
+            Some(name) => Ok(self.store.index(lock, &name, &lease.token)?),
+            None => Ok(()),
+        }
+    }
+
+    /// The lease of a container of the shim's, by runtime root and id.
+    pub fn lease_of(&self, root: Option<&Path>, id: &str) -> Result<Option<Lease>, Failure> {
+        let Some(token) = index_name(root, id).and_then(|name| self.store.indexed(&name)) else { return Ok(None) };
+        Ok(self.store.get::<Lease>(&token, VERSION)?.filter(|lease| lease.holder.container.as_deref() == Some(id)))
+    }
+
+    /// Whether somebody still stands behind a lease, so that its slices must stay.
+    pub fn is_alive(&self, lease: &Lease) -> bool {
+        let mut lease = lease.clone();
+        self.learn_init(&mut lease);
+        matches!(verdict(&lease, self.facts(&lease)), Verdict::Keep(_) | Verdict::Orphan)
+    }
+
+    /// Whether a lease's container is surely over: init dead and nothing left in its cgroup or with its devices open.
+    pub fn is_over(&self, lease: &Lease) -> bool {
+        let mut lease = lease.clone();
+        self.learn_init(&mut lease);
+        let facts = self.facts(&lease);
+        facts.init == Init::Dead && !facts.held
+    }
+}
+
+fn index_of(holder: &Holder) -> Option<String> {
+    index_name(holder.runtime_root.as_deref(), holder.container.as_deref()?)
+}
+
+/// A pid file that root wrote, and the living process that it names.
+fn pid_in(path: &Path) -> Option<ProcessId> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = path.symlink_metadata().ok()?;
+    let ours = meta.is_file() && meta.uid() == nix::unistd::geteuid().as_raw();
+    let pid = ours.then(|| std::fs::read_to_string(path).ok())??.trim().parse().ok()?;
+    host::process(pid)
+}
+
+fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {
+    Action { token: lease.token.clone(), container: lease.holder.container.clone(), result, reason: reason.to_owned() }
+}
+
+/// Not found is done; in use is for later; anything else is an error.
+fn obstacle(result: Result<(), GpuError>) -> Result<Option<Obstacle>, Failure> {
+    match result {
+        Ok(()) | Err(GpuError::NotFound { .. }) => Ok(None),
+        Err(busy @ GpuError::InUse { .. }) => Ok(Some(Obstacle::Busy(busy.to_string()))),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn names_device(name: &str, device: &Device) -> bool {
+    GpuSelector::parse(name).is_some_and(|selector| selector.matches(device))
+}
+
+fn mode_sentence(device: &Device) -> String {
+    let (what, remedy) = match device.mig {
+        MigMode::Unsupported => ("has no MIG", "a GPU with MIG is needed".to_owned()),
+        MigMode::EnablePending => ("has MIG enabled only after a reset", format!("run: nvidia-smi --gpu-reset -i {}", device.index)),
+        _ => ("has MIG mode off", format!("an administrator can turn it on: nvidia-smi -i {} -mig 1", device.index)),
+    };
+    format!("{} {what}; {remedy}", device.label())
+}
+
+/// The UUID format of drivers before branch 470.
+fn old_uuid(device: &Device, instance: &Instance) -> String {
+    let compute = instance.compute.first().map_or(0, |c| c.id);
+    format!("MIG-{}/{}/{compute}", device.uuid, instance.id)
+}
+
+fn located(device: &Device, instance: &Instance, ci: u32, uuid: &str) -> Slice {
+    let profile = device.profile(instance.profile);
+    Slice {
+        gpu: device.uuid.clone(),
+        gpu_index: device.index,
+        gpu_minor: device.minor,
+        profile: instance.profile,
+        profile_name: profile.map_or_else(|| format!("profile {}", instance.profile.0), |p| p.name.clone()),
+        memory_mib: profile.map_or(0, |p| p.memory_mib),
+        placement: instance.placement,
+        ours: false,
+        step: Step::Whole,
+        gi: Some(instance.id),
+        ci: Some(ci),
+        uuid: Some(uuid.to_owned()),
+        gi_minor: None,
+        ci_minor: None,
+    }
+}
+
+fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
+    let device = devices.iter().find(|d| d.uuid == choice.gpu)?;
+    let profile = device.profile(choice.profile)?;
+    Some(Slice {
+        gpu: device.uuid.clone(),
+        gpu_index: device.index,
+        gpu_minor: device.minor,
+        profile: choice.profile,
+        profile_name: profile.name.clone(),
+        memory_mib: profile.memory_mib,
+        placement: choice.placement,
+        ours: true,
+        step: Step::Planned,
+        gi: None,
+        ci: None,
+        uuid: None,
+        gi_minor: None,
+        ci_minor: None,
+    })
+}
+
+/// A refusal with who holds the room, and whose end would make it.
+fn with_holders(refusal: &NoPlace, leases: &[Lease]) -> String {
+    let who = |held: &Held| {
+        let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
+        let holder = leases.iter().find(here).map_or("not created by mig-hook".into(), Lease::held_by);
+        format!("{held} ({holder})")
+    };
+    let mut text = refusal.to_string();
+    for held in refusal.holding.iter().flat_map(|holding| &holding.held) {
+        text = text.replacen(&format!("{held}"), "\u{1}", 1).replacen('\u{1}', &who(held), 1);
+    }
+    let sets: Vec<String> =
+        refusal.smallest_blockers.iter().take(3).map(|set| set.iter().map(who).collect::<Vec<_>>().join(" and ")).collect();
+    match sets.is_empty() {
+        true => text,
+        false => format!("{text}; it would fit after the end of {}", sets.join(", or of ")),
+    }
+}
+
+/// Grants, refusals and releases are one line each with target `audit`; where it goes is the way in's business.
+fn audit_outcome(request: &Request, holder: &Holder, outcome: &Result<Grant, Failure>) {
+    match outcome {
+        Ok(grant) => audit("grant", holder, serde_json::json!({
+            "request": request.to_string(), "token": grant.lease.token, "slices": audited(&grant.lease),
+        })),
+        Err(failure) => audit("refusal", holder, serde_json::json!({
+            "request": request.to_string(), "reason": failure.to_string(),
+        })),
+    }
+}
+
+fn refused(request: &Request, failure: Failure) -> Failure {
+    tracing::info!(target: "audit", "{}", serde_json::json!({
+        "event": "refusal", "time_ms": host::wall_ms(), "request": request.to_string(), "reason": failure.to_string(),
+    }));
+    failure
+}
+
+fn audit_release(lease: &Lease) {
+    audit("release", &lease.holder, serde_json::json!({
+        "token": lease.token, "reason": lease.reason, "slices": audited(lease),
+        "held_ms": host::boot_ms().saturating_sub(lease.created_boot_ms),
+    }));
+}
+
+fn audited(lease: &Lease) -> serde_json::Value {
+    let slice = |s: &Slice| serde_json::json!({"gpu": s.gpu, "profile": s.profile_name, "placement": s.placement, "uuid": s.uuid});
+    lease.slices.iter().map(slice).collect()
+}
+
+fn audit(event: &str, holder: &Holder, mut more: serde_json::Value) {
+    let who = serde_json::json!({
+        "event": event, "time_ms": host::wall_ms(), "container": holder.container, "image": holder.image,
+        "uid": holder.uid, "way": holder.way,
+    });
+    if let (Some(line), serde_json::Value::Object(who)) = (more.as_object_mut(), who) {
+        let rest = std::mem::replace(line, who);
+        line.extend(rest);
+    }
+    tracing::info!(target: "audit", "{more}");
+}
+
+/// What is known of a holder at the start.
+pub fn new_holder(way: Way, owner: u32) -> Holder {
+    Holder {
+        way,
+        container: None,
+        bundle: None,
+        runtime_root: None,
+        runtime: None,
+        pid_file: None,
+        owner: host::process(owner),
+        init: None,
+        cgroup: None,
+        mount_namespace: host::mount_namespace(std::process::id()),
+        image: None,
+        uid: host::user(owner),
+        bundle_missing_boot_ms: None,
+    }
+}

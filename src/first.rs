@@ -1,0 +1,664 @@
+//! The first stage: is anything asked? If not, become the low-level runtime at once.
+//!
+//! Runs at every container start, so it is small and static: no NVML, clap or tracing, no lock, and nothing that a
+//! dynamic loader could be talked into (docs/security.md). What it decides: where the verb of a runtime's command line
+//! stands ([`plan`]), whether a config asks for a slice ([`asked`]), whether a container holds a lease ([`leased`]).
+
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use crate::handover;
+
+/// Where the settings are looked for when no option names a file.
+pub const SETTINGS: &str = "/etc/mig-hook/config.toml";
+/// Where leases live when the settings name nothing else.
+pub const STATE_DIR: &str = "/run/mig-hook";
+/// The second stage when it does not lie beside the first. Packagers set MIG_HOOK_LIBEXECDIR at build time.
+const ENGINE: &str = match option_env!("MIG_HOOK_LIBEXECDIR") {
+    Some(dir) => dir,
+    None => "/usr/libexec/mig-hook",
+};
+/// Largest config.json that is read, in bytes. Real ones are 3–60 KB.
+pub const CONFIG_LIMIT: u64 = 16 << 20;
+/// Low-level runtimes in order of preference, and where they are looked for. Never `$PATH`: docker's begins with
+/// directories of its own.
+const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
+const RUNTIME_DIRS: [&str; 5] = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
+
+/// Options of our own, which stand before the runtime's and are not handed on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Own {
+    /// `--mig-env`: requests in the environment count.
+    pub env: bool,
+    /// `--mig-config FILE`.
+    pub config: Option<PathBuf>,
+    /// `--mig-runtime PATH`: the low-level runtime, pinned.
+    pub runtime: Option<PathBuf>,
+    /// Options that begin with `--mig-` and are none of ours.
+    pub unknown: Vec<String>,
+}
+
+/// A runtime's command line, as far as we care.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Our own options.
+    pub own: Own,
+    /// The command line without our options and without argv\[0\].
+    pub rest: Vec<OsString>,
+    /// `--root`.
+    pub root: Option<PathBuf>,
+    /// `--log`.
+    pub log: Option<PathBuf>,
+    /// `--log-format json`.
+    pub log_json: bool,
+    /// What is to be done.
+    pub verb: Verb,
+    /// `--bundle`; the current directory without it.
+    pub bundle: Option<PathBuf>,
+    /// crun's `create --config FILE`, relative to the bundle.
+    pub config_file: Option<PathBuf>,
+    /// `--pid-file`.
+    pub pid_file: Option<PathBuf>,
+    /// `exec --process FILE`.
+    pub process: Option<PathBuf>,
+    /// `--preserve-fds`.
+    pub preserve_fds: u32,
+    /// The container id: the first word after the verb's options.
+    pub id: Option<OsString>,
+}
+
+/// The verbs that concern us. Everything else passes untouched.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Verb {
+    /// `create` and `run`: the config may be edited.
+    Create,
+    /// `run`: like create, but nothing is written to a pid file unless asked.
+    Run,
+    /// `restore`: reuses a config that may carry edits of ours.
+    Restore,
+    /// `delete`.
+    Delete,
+    /// `exec`.
+    Exec,
+    /// Anything else.
+    #[default]
+    Other,
+}
+
+/// Global options that take a value: runc, crun and youki together.
+const GLOBAL_VALUES: [&str; 8] =
+    ["root", "log", "log-format", "log-level", "criu", "rootless", "cgroup-manager", "systemd-cgroup-manager"];
+/// Options of create, run, restore, delete and exec that take a value: runc, crun and youki together.
+const VERB_VALUES: [&str; 27] = [
+    "bundle",
+    "config",
+    "console-socket",
+    "pid-file",
+    "preserve-fds",
+    "process",
+    "image-path",
+    "work-path",
+    "parent-path",
+    "manage-cgroups-mode",
+    "empty-ns",
+    "status-fd",
+    "page-server",
+    "lsm-profile",
+    "lsm-mount-context",
+    "cwd",
+    "env",
+    "user",
+    "additional-gids",
+    "process-label",
+    "apparmor",
+    "cap",
+    "cgroup",
+    "criu",
+    "root",
+    "log",
+    "log-format",
+];
+/// Every verb of runc, crun and youki: what tells an unknown option's value from the verb.
+const VERBS: [&str; 20] = [
+    "checkpoint", "create", "delete", "events", "exec", "features", "help", "init", "kill", "list", "mounts", "pause",
+    "ps", "restore", "resume", "run", "spec", "start", "state", "update",
+];
+
+/// Reads a runtime's command line without argv\[0\]. Pure. A container may be named `create`, and `exec ID CMD --log x`
+/// belongs to CMD: so options are skipped with their values and the verb is taken at its place, never searched for.
+pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
+    let mut words: Vec<OsString> = args.into_iter().collect();
+    let mut plan = Plan { own: take_own_options(&mut words), rest: words, ..Plan::default() };
+    let words = plan.rest.clone();
+    let mut at = 0;
+    while let Some(word) = words.get(at) {
+        let Some(option) = Opt::read(word) else { break };
+        at += 1;
+        if option.name.is_empty() {
+            break; // `--`
+        }
+        let value = match option.value {
+            Some(value) => Some(value),
+            None if GLOBAL_VALUES.contains(&option.name) || matches!(option.name, "r" | "l") => {
+                at += 1;
+                words.get(at - 1).cloned()
+            }
+            // An option of a runtime newer than this list: a word that is no verb must be its value.
+            None => {
+                let next_is_verb = words.get(at).is_none_or(|w| w.as_bytes().starts_with(b"-") || is_verb(w));
+                at += usize::from(!next_is_verb);
+                None
+            }
+        };
+        match (option.name, value) {
+            ("root" | "r", Some(v)) => plan.root = Some(v.into()),
+            ("log" | "l", Some(v)) => plan.log = Some(v.into()),
+            ("log-format", Some(v)) => plan.log_json = v == "json",
+            _ => {}
+        }
+    }
+    plan.verb = match words.get(at).and_then(|w| w.to_str()) {
+        Some("create") => Verb::Create,
+        Some("run") => Verb::Run,
+        Some("restore") => Verb::Restore,
+        Some("delete") => Verb::Delete,
+        Some("exec") => Verb::Exec,
+        _ => return plan,
+    };
+    at += 1;
+    while let Some(word) = words.get(at) {
+        let Some(option) = Opt::read(word) else { break };
+        at += 1;
+        if option.name.is_empty() {
+            break;
+        }
+        let takes_value = VERB_VALUES.contains(&option.name) || short_takes_value(plan.verb, option.name);
+        let value = option.value.or_else(|| {
+            let value = takes_value.then(|| words.get(at).cloned())?;
+            at += 1;
+            value
+        });
+        let creates = matches!(plan.verb, Verb::Create | Verb::Run | Verb::Restore);
+        match (option.name, value) {
+            ("bundle" | "b", Some(v)) => plan.bundle = Some(v.into()),
+            ("config" | "f", Some(v)) if creates => plan.config_file = Some(v.into()),
+            ("pid-file", Some(v)) => plan.pid_file = Some(v.into()),
+            ("p", Some(v)) if creates => plan.pid_file = Some(v.into()),
+            ("process" | "p", Some(v)) if plan.verb == Verb::Exec => plan.process = Some(v.into()),
+            ("preserve-fds", Some(v)) => plan.preserve_fds = v.to_str().and_then(|v| v.parse().ok()).unwrap_or(0),
+            // `delete --regex` of crun names many containers: their poststop hooks release them.
+            ("regex" | "r", _) if plan.verb == Verb::Delete => plan.verb = Verb::Other,
+            _ => {}
+        }
+    }
+    plan.id = words.get(at).cloned();
+    plan
+}
+
+/// Single letters with a value: `-b DIR` everywhere, `-f FILE` of crun's create (but runc's `delete -f` is a flag), and
+/// youki's `-c`, `-p`.
+fn short_takes_value(verb: Verb, name: &str) -> bool {
+    match verb {
+        Verb::Create | Verb::Run | Verb::Restore => matches!(name, "b" | "f" | "c" | "p"),
+        Verb::Exec => matches!(name, "e" | "u" | "g" | "p" | "c"),
+        _ => false,
+    }
+}
+
+fn is_verb(word: &OsStr) -> bool {
+    word.to_str().is_some_and(|w| VERBS.contains(&w))
+}
+
+fn take_own_options(words: &mut Vec<OsString>) -> Own {
+    let mut own = Own::default();
+    while let Some(word) = words.first().and_then(|w| w.to_str()).filter(|w| w.starts_with("--mig-")) {
+        let (name, value) = match word.split_once('=') {
+            Some((name, value)) => (name.to_owned(), Some(PathBuf::from(value))),
+            None => (word.to_owned(), None),
+        };
+        words.remove(0);
+        let path = match name.as_str() {
+            "--mig-env" if value.is_none() => {
+                own.env = true;
+                continue;
+            }
+            "--mig-config" => &mut own.config,
+            "--mig-runtime" => &mut own.runtime,
+            _ => {
+                own.unknown.push(name);
+                continue;
+            }
+        };
+        *path = value.or_else(|| (!words.is_empty()).then(|| words.remove(0).into()));
+    }
+    own
+}
+
+/// One option word. Go's flag package takes `-root` for `--root`; a letter may carry its value (`-bDIR`).
+struct Opt<'a> {
+    name: &'a str,
+    value: Option<OsString>,
+}
+
+impl Opt<'_> {
+    fn read(word: &OsStr) -> Option<Opt<'_>> {
+        let bytes = word.as_bytes();
+        if bytes.len() < 2 || bytes[0] != b'-' {
+            return None;
+        }
+        let body = if bytes[1] == b'-' { &bytes[2..] } else { &bytes[1..] };
+        let (name, value) = match body.iter().position(|b| *b == b'=') {
+            Some(at) => (&body[..at], Some(OsStr::from_bytes(&body[at + 1..]).to_owned())),
+            None if bytes[1] != b'-' && body.len() > 1 && matches!(body[0], b'b' | b'f') && !is_long(body) => {
+                (&body[..1], Some(OsStr::from_bytes(&body[1..]).to_owned()))
+            }
+            None => (body, None),
+        };
+        Some(Opt { name: std::str::from_utf8(name).unwrap_or("?"), value })
+    }
+}
+
+fn is_long(body: &[u8]) -> bool {
+    std::str::from_utf8(body).is_ok_and(|b| VERB_VALUES.contains(&b) || b == "force")
+}
+
+/// What the first stage needs of the settings. Everything else, and every mistake in them, is the engine's business.
+#[derive(Debug, Default, Deserialize)]
+struct Outline {
+    state_dir: Option<PathBuf>,
+    #[serde(default)]
+    runtime: RuntimeOutline,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct RuntimeOutline {
+    path: Option<PathBuf>,
+}
+
+impl Outline {
+    /// A broken or missing file gives the defaults: it must never stop `state`, `kill` or `delete`.
+    fn read(config: Option<&Path>) -> Outline {
+        let text = std::fs::read_to_string(config.unwrap_or(Path::new(SETTINGS))).unwrap_or_default();
+        if text.is_empty() { Outline::default() } else { toml::from_str(&text).unwrap_or_default() }
+    }
+}
+
+/// What a config asks for, at a glance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// Nothing of ours: hand over, untouched.
+    Nothing,
+    /// A slice, or it carries edits of ours.
+    Something,
+    /// Unreadable, or not what it should be: the engine says what is wrong.
+    Unclear,
+}
+
+/// Looks at a config.json for a request. `env`: requests in the environment count. A Kubernetes sandbox asks for nothing.
+pub fn asked(config: &[u8], env: bool) -> Asked {
+    match serde_json::from_slice::<Peek>(config) {
+        Ok(peek) => {
+            let keys = peek.annotations.unwrap_or_default();
+            let vars = env && peek.process.and_then(|p| p.env).is_some_and(|e| e.asks);
+            match (keys.asks || vars) && !keys.sandbox {
+                true => Asked::Something,
+                false => Asked::Nothing,
+            }
+        }
+        Err(_) => Asked::Unclear,
+    }
+}
+
+/// The variables that ask for a slice: the keys upper-cased, dots to underscores.
+pub const REQUEST_VARIABLES: [&str; 4] = ["MIG_PROFILE", "MIG_MEMORY", "MIG_GPU", "MIG_UUID"];
+
+#[derive(Deserialize)]
+struct Peek {
+    annotations: Option<Keys>,
+    process: Option<PeekProcess>,
+}
+
+#[derive(Deserialize)]
+struct PeekProcess {
+    env: Option<Vars>,
+}
+
+#[derive(Default)]
+struct Keys {
+    asks: bool,
+    sandbox: bool,
+}
+
+#[derive(Default)]
+struct Vars {
+    asks: bool,
+}
+
+impl<'de> Deserialize<'de> for Keys {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Keys, D::Error> {
+        struct KeysVisitor;
+        impl<'de> Visitor<'de> for KeysVisitor {
+            type Value = Keys;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an object of annotations")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Keys, A::Error> {
+                let mut keys = Keys::default();
+                while let Some(Text(key)) = map.next_key()? {
+                    match key.as_ref() {
+                        "io.kubernetes.cri.container-type" | "io.kubernetes.cri-o.ContainerType" => {
+                            keys.sandbox |= map.next_value::<Text>()?.0 == "sandbox";
+                        }
+                        other => {
+                            keys.asks |= other.starts_with("mig.");
+                            map.next_value::<IgnoredAny>()?;
+                        }
+                    }
+                }
+                Ok(keys)
+            }
+        }
+        d.deserialize_map(KeysVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Vars {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Vars, D::Error> {
+        struct VarsVisitor;
+        impl<'de> Visitor<'de> for VarsVisitor {
+            type Value = Vars;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an array of variables")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vars, A::Error> {
+                let mut vars = Vars::default();
+                while let Some(Text(var)) = seq.next_element()? {
+                    vars.asks |= var.split_once('=').is_some_and(|(key, _)| REQUEST_VARIABLES.contains(&key));
+                }
+                Ok(vars)
+            }
+        }
+        d.deserialize_seq(VarsVisitor)
+    }
+}
+
+/// A string, borrowed where it has no escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// A plain name: what may become a file name. Container ids come from the engines; none needs more than this.
+pub fn plain_name(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-' | b'+' | b'@' | b':');
+    !name.is_empty() && name.len() <= 200 && name != "." && name != ".." && name.bytes().all(plain)
+}
+
+/// Name in `index/` of the container `id` under a runtime root: ids alone are not unique (containerd namespaces, several
+/// roots). FNV-1a, 64 bit, of the root; the id itself stays readable. `None` where the id is no plain name.
+pub fn index_name(root: Option<&Path>, id: &str) -> Option<String> {
+    let root = root.unwrap_or(Path::new("")).as_os_str().as_bytes();
+    let trimmed = root.strip_suffix(b"/").unwrap_or(root);
+    let hash = trimmed.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+    plain_name(id).then(|| format!("{id}.{hash:016x}"))
+}
+
+/// Whether that container holds a lease: one look-up.
+fn leased(state_dir: &Path, plan: &Plan) -> bool {
+    let id = plan.id.as_ref().and_then(|id| id.to_str());
+    let name = id.and_then(|id| index_name(plan.root.as_deref(), id));
+    name.is_some_and(|name| state_dir.join("index").join(name).symlink_metadata().is_ok())
+}
+
+/// `mig-runtime`: returns only when neither the runtime nor the engine could be started.
+pub fn runtime(args: Vec<OsString>) -> i32 {
+    let given = args.get(1..).unwrap_or_default().to_vec();
+    let plan = plan(given.clone());
+    let outline = Outline::read(plan.own.config.as_deref());
+    let state_dir = outline.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
+    let ours = match plan.verb {
+        Verb::Create | Verb::Run | Verb::Restore => {
+            !plan.own.unknown.is_empty() || asked_by_bundle(&plan) != Asked::Nothing
+        }
+        Verb::Delete => leased(state_dir, &plan),
+        Verb::Exec => plan.process.is_some() && leased(state_dir, &plan),
+        Verb::Other => false,
+    };
+    if ours {
+        return become_engine("shim", &given, &handover::wrap_environment(&handover::environment()));
+    }
+    let error = hand_over(&plan, outline.runtime.path.as_deref(), &handover::environment());
+    fail(&error)
+}
+
+/// The config.json that `create` or `run` will read.
+pub fn config_path(plan: &Plan) -> PathBuf {
+    let bundle = plan.bundle.as_deref().unwrap_or(Path::new("."));
+    bundle.join(plan.config_file.as_deref().unwrap_or(Path::new("config.json")))
+}
+
+fn asked_by_bundle(plan: &Plan) -> Asked {
+    let mut bytes = Vec::new();
+    let read = File::open(config_path(plan)).and_then(|f| f.take(CONFIG_LIMIT + 1).read_to_end(&mut bytes));
+    match read {
+        Ok(n) if n as u64 <= CONFIG_LIMIT => asked(&bytes, plan.own.env),
+        _ => Asked::Unclear,
+    }
+}
+
+/// Becomes the low-level runtime with the command line that is its own. Returns the reason when that failed.
+pub fn hand_over(plan: &Plan, configured: Option<&Path>, env: &[OsString]) -> String {
+    let runtime = match low_level_runtime(plan, configured) {
+        Ok(runtime) => runtime,
+        Err(reason) => return reason,
+    };
+    let mut argv = vec![runtime.clone().into_os_string()];
+    argv.extend(plan.rest.iter().cloned());
+    handover::close_on_exec_except(3..passed_on_purpose(plan, env));
+    let error = handover::exec(&runtime, &argv, env);
+    format!("cannot start the low-level runtime {}: {error}; set [runtime] path or --mig-runtime", runtime.display())
+}
+
+/// First descriptor that is not for the container: stdio, then `LISTEN_FDS`, then `--preserve-fds`, as runc counts them.
+fn passed_on_purpose(plan: &Plan, env: &[OsString]) -> i32 {
+    let listen = env.iter().filter_map(|v| v.to_str()?.strip_prefix("LISTEN_FDS=")?.parse::<u32>().ok()).next_back();
+    i32::try_from(3_u32.saturating_add(listen.unwrap_or(0)).saturating_add(plan.preserve_fds)).unwrap_or(i32::MAX)
+}
+
+/// The runtime to become: `--mig-runtime`, else the settings, else the one that has this container's state under its
+/// default root, else the first that is installed.
+pub fn low_level_runtime(plan: &Plan, configured: Option<&Path>) -> Result<PathBuf, String> {
+    if let Some(pinned) = plan.own.runtime.as_deref().or(configured) {
+        return match pinned.is_absolute() {
+            true => Ok(pinned.to_owned()),
+            false => Err(format!("the low-level runtime must be an absolute path, not {}", pinned.display())),
+        };
+    }
+    let has_state = |name: &str| match (&plan.root, plan.id.as_ref().and_then(|id| id.to_str())) {
+        (None, Some(id)) if plain_name(id) => Path::new("/run").join(name).join(id).exists(),
+        _ => false,
+    };
+    let with_state = RUNTIMES.iter().filter(|name| has_state(name)).find_map(|name| installed(name));
+    with_state.or_else(|| RUNTIMES.iter().find_map(|name| installed(name))).ok_or_else(|| {
+        format!(
+            "no low-level runtime found: looked for {} in {}; install one, or name it by [runtime] path in {SETTINGS}",
+            RUNTIMES.join(", "),
+            RUNTIME_DIRS.join(", ")
+        )
+    })
+}
+
+/// An executable of that name which is not ourselves under another name.
+fn installed(name: &str) -> Option<PathBuf> {
+    let ourselves = std::fs::metadata("/proc/self/exe").map(|m| (m.dev(), m.ino())).ok();
+    RUNTIME_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| {
+        path.metadata().is_ok_and(|m| {
+            m.is_file() && m.permissions().mode() & 0o111 != 0 && Some((m.dev(), m.ino())) != ourselves
+        })
+    })
+}
+
+/// `mig-hook [--config FILE] STAGE [--lease TOKEN]`. A late or second poststop, whose lease is gone, ends here.
+pub fn hook(args: Vec<OsString>) -> i32 {
+    handover::unblock_signals();
+    let given = args.get(1..).unwrap_or_default().to_vec();
+    if given.iter().any(|a| a == "poststop") {
+        let after = |name: &str| given.iter().position(|a| a == name).and_then(|at| given.get(at + 1));
+        let outline = Outline::read(after("--config").map(Path::new));
+        let state_dir = outline.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
+        let token = after("--lease").and_then(|t| t.to_str()).filter(|t| plain_name(t));
+        let lease = token.map(|t| state_dir.join("leases").join(format!("{t}.json")));
+        if lease.is_some_and(|l| !l.exists()) {
+            // To the end, or the runtime that writes the State gets EPIPE; crun 1.28 writes many lines.
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            return 0;
+        }
+    }
+    become_engine("hook", &given, &[])
+}
+
+/// Becomes `mig-engine WAY ARGS…` with an environment that no loader reads.
+fn become_engine(way: &str, args: &[OsString], wrapped: &[OsString]) -> i32 {
+    let beside = std::fs::read_link("/proc/self/exe").ok().and_then(|exe| Some(exe.parent()?.join("mig-engine")));
+    let engine = beside.filter(|path| path.is_file()).unwrap_or_else(|| Path::new(ENGINE).join("mig-engine"));
+    let mut argv = vec![OsString::from("mig-engine"), way.into()];
+    argv.extend(args.iter().cloned());
+    let error = handover::exec(&engine, &argv, wrapped);
+    fail(&format!("cannot start {}: {error}; is mig-hook installed completely?", engine.display()))
+}
+
+fn fail(reason: &str) -> i32 {
+    eprintln!("mig-hook: {reason}");
+    69 // EX_UNAVAILABLE, as in report::Exit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(line: &str) -> Plan {
+        plan(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn real_command_lines() {
+        let cases: &[(&str, Verb, Option<&str>, Option<&str>)] = &[
+            // docker and containerd
+            ("--root /r --log /b/log.json --log-format json create --bundle /b --pid-file /b/init.pid c1", Verb::Create, Some("/b"), Some("c1")),
+            ("--root /r --log /b/log.json --log-format json --systemd-cgroup create --bundle /b c1", Verb::Create, Some("/b"), Some("c1")),
+            ("--root /r --log=/b/log.json --log-format=json start c1", Verb::Other, None, None),
+            ("--root /r delete --force c1", Verb::Delete, None, Some("c1")),
+            ("--root /r exec --process /tmp/p --detach --pid-file /tmp/f c1", Verb::Exec, None, Some("c1")),
+            // conmon
+            ("create --bundle /b --pid-file /p --console-socket /s --preserve-fds 2 c1", Verb::Create, Some("/b"), Some("c1")),
+            ("kill c1 15", Verb::Other, None, None),
+            ("restore --bundle /b --pid-file /p --detach --image-path /i --work-path /w c1", Verb::Restore, Some("/b"), Some("c1")),
+            // by hand
+            ("run c1", Verb::Run, None, Some("c1")),
+            ("create -b /b create", Verb::Create, Some("/b"), Some("create")),
+            ("create -b/b c1", Verb::Create, Some("/b"), Some("c1")),
+            ("-root /r run -bundle /b delete", Verb::Run, Some("/b"), Some("delete")),
+            ("--debug create -- c1", Verb::Create, None, Some("c1")),
+            ("--root create start c1", Verb::Other, None, None),
+            ("--root=/r state create", Verb::Other, None, None),
+            ("exec c1 sh --log x create", Verb::Exec, None, Some("c1")),
+            ("exec -e A=b -u 0 c1 create", Verb::Exec, None, Some("c1")),
+            ("delete -f c1", Verb::Delete, None, Some("c1")),
+            ("delete --regex c.*", Verb::Other, None, Some("c.*")),
+            ("create -f other.json -b /b c1", Verb::Create, Some("/b"), Some("c1")),
+            ("--brand-new value create -b /b c1", Verb::Create, Some("/b"), Some("c1")),
+            ("--brand-new create -b /b c1", Verb::Create, Some("/b"), Some("c1")),
+            ("--version", Verb::Other, None, None),
+            ("checkpoint --help", Verb::Other, None, None),
+            ("", Verb::Other, None, None),
+            ("--root", Verb::Other, None, None),
+            ("create --bundle", Verb::Create, None, None),
+        ];
+        for (line, verb, bundle, id) in cases {
+            let plan = planned(line);
+            assert_eq!(plan.verb, *verb, "{line}");
+            assert_eq!(plan.bundle.as_deref(), bundle.map(Path::new), "{line}");
+            assert_eq!(plan.id.as_deref(), id.map(OsStr::new), "{line}");
+            assert_eq!(plan.rest, line.split_whitespace().map(OsString::from).collect::<Vec<_>>(), "{line}");
+        }
+    }
+
+    #[test]
+    fn globals_are_read_only_before_the_verb() {
+        let plan = planned("--root /r --log /l --log-format json exec c1 --root /evil --log /evil");
+        assert_eq!((plan.root, plan.log), (Some("/r".into()), Some("/l".into())));
+        assert!(plan.log_json);
+    }
+
+    #[test]
+    fn own_options_are_stripped_and_only_in_front() {
+        let plan = planned("--mig-env --mig-config=/c --mig-runtime /usr/bin/crun --root /r create c1 --mig-env");
+        assert_eq!(plan.own.config.as_deref(), Some(Path::new("/c")));
+        assert_eq!(plan.own.runtime.as_deref(), Some(Path::new("/usr/bin/crun")));
+        assert!(plan.own.env && plan.own.unknown.is_empty());
+        assert_eq!(plan.rest.join(OsStr::new(" ")), "--root /r create c1 --mig-env");
+        assert_eq!(planned("--mig-typo create c1").own.unknown, ["--mig-typo"]);
+        assert!(!planned("create --mig-env c1").own.env);
+    }
+
+    #[test]
+    fn a_glance_at_configs() {
+        let cases: &[(&str, bool, Asked)] = &[
+            (r#"{"annotations":{"mig.profile":"1g.10gb"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"mig.profile/train":"1g.10gb"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"mig\u002eprofile":"1g.10gb"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"migx":"1","x.mig.y":"2"}}"#, true, Asked::Nothing),
+            (r#"{"annotations":null,"process":{"env":null}}"#, true, Asked::Nothing),
+            (r#"{}"#, true, Asked::Nothing),
+            (r#"{"process":{"env":["MIG_PROFILE=1g.10gb"]}}"#, true, Asked::Something),
+            (r#"{"process":{"env":["MIG_PROFILE=1g.10gb"]}}"#, false, Asked::Nothing),
+            (r#"{"process":{"env":["MIG_OTHER=1","PATH=/bin"]}}"#, true, Asked::Nothing),
+            (r#"{"annotations":{"mig.profile":"1g.10gb","io.kubernetes.cri.container-type":"sandbox"}}"#, true, Asked::Nothing),
+            (r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"sandbox","mig.profile":"x"}}"#, true, Asked::Nothing),
+            (r#"{"annotations":{"io.kubernetes.cri.container-type":"container","mig.profile":"x"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"mig.x":"1"},"annotations":{}}"#, false, Asked::Unclear),
+            (r#"{"annotations":[]}"#, false, Asked::Unclear),
+            (r#"{"#, false, Asked::Unclear),
+            ("", false, Asked::Unclear),
+        ];
+        for (config, env, answer) in cases {
+            assert_eq!(asked(config.as_bytes(), *env), *answer, "{config}");
+        }
+    }
+
+    #[test]
+    fn only_plain_names_become_file_names() {
+        assert!(plain_name("3f0a_b.c-d"));
+        for bad in ["", ".", "..", "a/b", "../x", "a\0", "a b", "ä", &"x".repeat(201)] {
+            assert!(!plain_name(bad), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_index_tells_roots_apart_and_ignores_a_trailing_slash() {
+        let name = |root: &str| index_name(Some(Path::new(root)), "c1");
+        assert_ne!(name("/run/runc"), name("/run/docker/runtime-runc/moby"));
+        assert_eq!(name("/run/runc"), name("/run/runc/"));
+        assert_ne!(name(""), None);
+        assert_eq!(index_name(None, "../c1"), None);
+    }
+
+    #[test]
+    fn descriptors_for_the_container_are_counted_as_runc_does() {
+        let plan = planned("create --preserve-fds 2 c1");
+        assert_eq!(passed_on_purpose(&plan, &["LISTEN_FDS=1".into()]), 6);
+        assert_eq!(passed_on_purpose(&planned("create c1"), &[]), 3);
+    }
+
+    #[test]
+    fn a_relative_runtime_is_refused() {
+        let error = low_level_runtime(&planned("state c1"), Some(Path::new("runc"))).unwrap_err();
+        assert!(error.contains("absolute path"), "{error}");
+    }
+}

@@ -1,0 +1,619 @@
+//! Safe functions over the raw symbols of libnvidia-ml, one each: the only unsafe code for NVML.
+//!
+//! nvml-wrapper has no call that creates, lists or destroys instances, and its `possible_placements` always answers an
+//! empty list, so these go to nvml-wrapper-sys. Always through the `Result` fields of `NvmlLib`: its methods of the
+//! same names panic where the driver lacks the symbol.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char};
+use std::marker::PhantomData;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::path::Path;
+use std::ptr;
+
+use nvml_wrapper::bitmasks::InitFlags;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper_sys::bindings::*;
+
+use super::{GpuError, GpuProcess, Placement, ProfileId};
+
+const SUCCESS: u32 = nvmlReturn_enum_NVML_SUCCESS;
+pub(super) const INVALID_ARGUMENT: u32 = nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT;
+pub(super) const NOT_SUPPORTED: u32 = nvmlReturn_enum_NVML_ERROR_NOT_SUPPORTED;
+const NO_PERMISSION: u32 = nvmlReturn_enum_NVML_ERROR_NO_PERMISSION;
+const NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_NOT_FOUND;
+const INSUFFICIENT_SIZE: u32 = nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_SIZE;
+const FUNCTION_NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_FUNCTION_NOT_FOUND;
+const GPU_IS_LOST: u32 = nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST;
+const IN_USE: u32 = nvmlReturn_enum_NVML_ERROR_IN_USE;
+const INSUFFICIENT_RESOURCES: u32 = nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_RESOURCES;
+const VERSION_MISMATCH: u32 = nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+
+/// Entries offered to calls that fill an array. Above any count that a driver reports (15 GPU-instance ids, 8
+/// compute-instance ids), because `nvmlDeviceGetGpuInstances` is never told how long its buffer is.
+const ROOM: usize = 64;
+
+/// NVML, loaded and initialised.
+#[derive(Debug)]
+pub(super) struct Library {
+    nvml: nvml_wrapper::Nvml,
+    versioned_profiles: Cell<Option<bool>>,
+}
+
+/// A whole GPU, or the MIG device of a compute instance.
+#[derive(Debug)]
+pub(super) struct DeviceHandle<'lib>(nvmlDevice_t, PhantomData<&'lib Library>);
+
+/// A GPU instance. Neither `Copy` nor `Clone`: NVML reuses handles after a destroy, which takes this by value.
+#[derive(Debug)]
+pub(super) struct GpuInstance<'lib>(nvmlGpuInstance_t, PhantomData<&'lib Library>);
+
+/// A compute instance. Neither `Copy` nor `Clone`, as above.
+#[derive(Debug)]
+pub(super) struct ComputeInstance<'lib>(nvmlComputeInstance_t, PhantomData<&'lib Library>);
+
+/// What the driver says of one GPU-instance profile.
+#[derive(Debug)]
+pub(super) struct GpuInstanceProfile {
+    pub id: ProfileId,
+    pub slices: u32,
+    pub max_instances: u32,
+    pub sms: u32,
+    pub memory_mib: u64,
+    /// As reported, with the prefix `MIG `; `None` from a driver that knows only the first version of the struct.
+    pub name: Option<String>,
+}
+
+/// What the driver says of one GPU instance.
+#[derive(Debug)]
+pub(super) struct GpuInstanceInfo {
+    pub id: u32,
+    pub profile: ProfileId,
+    pub placement: Placement,
+}
+
+/// What the driver says of one compute-instance profile.
+#[derive(Debug)]
+pub(super) struct ComputeProfile {
+    pub id: u32,
+    pub slices: u32,
+    pub max_instances: u32,
+    pub sms: u32,
+}
+
+/// A function of the library with its name, for messages.
+struct Function<F> {
+    name: &'static str,
+    call: F,
+}
+
+macro_rules! function {
+    ($library:expr, $name:ident) => {
+        $library.function(stringify!($name), &$library.nvml.lib().$name)?
+    };
+}
+
+/// The first of these symbols that the library does not export.
+macro_rules! first_missing {
+    ($lib:expr, $($name:ident)*) => {
+        [$((stringify!($name), $lib.$name.is_err())),*].into_iter().find(|(_, missing)| *missing).map(|(name, _)| name)
+    };
+}
+
+impl Library {
+    /// Loads that file and initialises NVML; no GPU in the machine is not an error.
+    pub(super) fn open(path: &Path) -> Result<Library, GpuError> {
+        let refused = |reason: String| GpuError::Library { path: path.display().to_string(), reason };
+        if !path.is_absolute() {
+            return Err(refused("the path is not absolute".to_owned()));
+        }
+        let nvml = nvml_wrapper::Nvml::builder()
+            .lib_path(path.as_os_str())
+            .flags(InitFlags::NO_GPUS)
+            .init()
+            .map_err(|error| refused(init_reason(&error)))?;
+        // nvml-wrapper's Drop panics where nvmlShutdown is missing, so it must not run before that is known.
+        let library = ManuallyDrop::new(Library { nvml, versioned_profiles: Cell::new(None) });
+        let missing = first_missing!(library.nvml.lib(),
+            nvmlShutdown nvmlErrorString nvmlSystemGetDriverVersion nvmlDeviceGetCount_v2
+            nvmlDeviceGetHandleByIndex_v2 nvmlDeviceGetHandleByUUID nvmlDeviceGetUUID nvmlDeviceGetName
+            nvmlDeviceGetMinorNumber nvmlDeviceGetMemoryInfo nvmlDeviceGetPciInfo_v3 nvmlDeviceGetMigMode
+            nvmlDeviceGetGpuInstanceProfileInfo nvmlDeviceGetGpuInstancePossiblePlacements_v2
+            nvmlDeviceCreateGpuInstanceWithPlacement nvmlGpuInstanceDestroy nvmlDeviceGetGpuInstances
+            nvmlDeviceGetGpuInstanceById nvmlGpuInstanceGetInfo nvmlGpuInstanceGetComputeInstanceProfileInfo
+            nvmlGpuInstanceCreateComputeInstance nvmlComputeInstanceDestroy nvmlGpuInstanceGetComputeInstances
+            nvmlGpuInstanceGetComputeInstanceById nvmlComputeInstanceGetInfo_v2);
+        match missing {
+            Some(symbol) => Err(library.missing(symbol)),
+            None => Ok(ManuallyDrop::into_inner(library)),
+        }
+    }
+
+    /// Driver version, as `580.82.07`.
+    pub(super) fn driver_version(&self) -> Result<String, GpuError> {
+        let f = function!(self, nvmlSystemGetDriverVersion);
+        let mut version = [0; NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE as usize];
+        // SAFETY: the pointer is to as many bytes as the length says.
+        let code = unsafe { (f.call)(version.as_mut_ptr(), NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE) };
+        self.check(f.name, code)?;
+        Ok(text(&version))
+    }
+
+    /// GPUs in the machine, those that this process may not open included.
+    pub(super) fn device_count(&self) -> Result<u32, GpuError> {
+        let f = function!(self, nvmlDeviceGetCount_v2);
+        let mut count = 0;
+        // SAFETY: the pointer is to one integer.
+        let code = unsafe { (f.call)(&mut count) };
+        self.check(f.name, code)?;
+        Ok(count)
+    }
+
+    /// The GPU at that NVML index.
+    pub(super) fn device_by_index(&self, index: u32) -> Result<DeviceHandle<'_>, GpuError> {
+        let f = function!(self, nvmlDeviceGetHandleByIndex_v2);
+        let mut device = ptr::null_mut();
+        // SAFETY: the pointer is to one handle.
+        let code = unsafe { (f.call)(index, &mut device) };
+        self.check(f.name, code)?;
+        Ok(DeviceHandle(device, PhantomData))
+    }
+
+    /// The GPU of that UUID.
+    pub(super) fn device_by_uuid(&self, uuid: &str) -> Result<DeviceHandle<'_>, GpuError> {
+        let f = function!(self, nvmlDeviceGetHandleByUUID);
+        let uuid = CString::new(uuid).map_err(|_| GpuError::NotFound { call: f.name })?;
+        let mut device = ptr::null_mut();
+        // SAFETY: the string ends in NUL and outlives the call; the pointer is to one handle.
+        let code = unsafe { (f.call)(uuid.as_ptr(), &mut device) };
+        self.check(f.name, code)?;
+        Ok(DeviceHandle(device, PhantomData))
+    }
+
+    /// `GPU-…`, or `MIG-…` of a MIG device.
+    pub(super) fn uuid(&self, device: &DeviceHandle<'_>) -> Result<String, GpuError> {
+        let f = function!(self, nvmlDeviceGetUUID);
+        let mut uuid = [0; NVML_DEVICE_UUID_V2_BUFFER_SIZE as usize];
+        // SAFETY: the handle is this library's; the pointer is to as many bytes as the length says.
+        let code = unsafe { (f.call)(device.0, uuid.as_mut_ptr(), NVML_DEVICE_UUID_V2_BUFFER_SIZE) };
+        self.check(f.name, code)?;
+        Ok(text(&uuid))
+    }
+
+    /// Product name.
+    pub(super) fn name(&self, device: &DeviceHandle<'_>) -> Result<String, GpuError> {
+        let f = function!(self, nvmlDeviceGetName);
+        let mut name = [0; NVML_DEVICE_NAME_V2_BUFFER_SIZE as usize];
+        // SAFETY: the handle is this library's; the pointer is to as many bytes as the length says.
+        let code = unsafe { (f.call)(device.0, name.as_mut_ptr(), NVML_DEVICE_NAME_V2_BUFFER_SIZE) };
+        self.check(f.name, code)?;
+        Ok(text(&name))
+    }
+
+    /// The N of `/dev/nvidiaN`.
+    pub(super) fn minor(&self, device: &DeviceHandle<'_>) -> Result<u32, GpuError> {
+        let f = function!(self, nvmlDeviceGetMinorNumber);
+        let mut minor = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(device.0, &mut minor) };
+        self.check(f.name, code)?;
+        Ok(minor)
+    }
+
+    /// `00000000:07:00.0`.
+    pub(super) fn pci_bus_id(&self, device: &DeviceHandle<'_>) -> Result<String, GpuError> {
+        let f = function!(self, nvmlDeviceGetPciInfo_v3);
+        let mut info: nvmlPciInfo_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(device.0, &mut info) };
+        self.check(f.name, code)?;
+        Ok(text(&info.busId))
+    }
+
+    /// Memory of the whole GPU in bytes.
+    pub(super) fn total_memory(&self, device: &DeviceHandle<'_>) -> Result<u64, GpuError> {
+        let f = function!(self, nvmlDeviceGetMemoryInfo);
+        let mut memory: nvmlMemory_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(device.0, &mut memory) };
+        self.check(f.name, code)?;
+        Ok(memory.total)
+    }
+
+    /// MIG mode, current and pending; `None` of a board without MIG.
+    pub(super) fn mig_mode(&self, device: &DeviceHandle<'_>) -> Result<Option<(bool, bool)>, GpuError> {
+        let f = function!(self, nvmlDeviceGetMigMode);
+        let (mut current, mut pending) = (0, 0);
+        // SAFETY: the handle is this library's; both pointers are to one integer.
+        let code = unsafe { (f.call)(device.0, &mut current, &mut pending) };
+        if code == NOT_SUPPORTED {
+            return Ok(None);
+        }
+        self.check(f.name, code)?;
+        Ok(Some((current == NVML_DEVICE_MIG_ENABLE, pending == NVML_DEVICE_MIG_ENABLE)))
+    }
+
+    /// The GPU-instance profile at that enum index (not the driver's id); `None` where this GPU does not offer it.
+    pub(super) fn gpu_instance_profile(
+        &self,
+        device: &DeviceHandle<'_>,
+        index: u32,
+    ) -> Result<Option<GpuInstanceProfile>, GpuError> {
+        if self.versioned_profiles.get() == Some(false) {
+            return self.gpu_instance_profile_v1(device, index);
+        }
+        let Ok(call) = &self.nvml.lib().nvmlDeviceGetGpuInstanceProfileInfoV else {
+            self.versioned_profiles.set(Some(false));
+            return self.gpu_instance_profile_v1(device, index);
+        };
+        let mut info: nvmlGpuInstanceProfileInfo_v2_t = zeroed();
+        info.version = struct_version::<nvmlGpuInstanceProfileInfo_v2_t>(2);
+        // SAFETY: the handle is this library's; the version word names the struct that the pointer is to.
+        let code = unsafe { call(device.0, index, &mut info) };
+        match code {
+            NOT_SUPPORTED => Ok(None),
+            // INVALID_ARGUMENT is the answer to an unknown struct version as well as to an unknown profile. Until one
+            // call has succeeded, only the first version of the struct can tell which.
+            INVALID_ARGUMENT | FUNCTION_NOT_FOUND | VERSION_MISMATCH if self.versioned_profiles.get().is_none() => {
+                let profile = self.gpu_instance_profile_v1(device, index)?;
+                if profile.is_some() {
+                    self.versioned_profiles.set(Some(false));
+                }
+                Ok(profile)
+            }
+            INVALID_ARGUMENT => Ok(None),
+            _ => {
+                self.check("nvmlDeviceGetGpuInstanceProfileInfoV", code)?;
+                self.versioned_profiles.set(Some(true));
+                Ok(Some(GpuInstanceProfile {
+                    id: ProfileId(info.id),
+                    slices: info.sliceCount,
+                    max_instances: info.instanceCount,
+                    sms: info.multiprocessorCount,
+                    memory_mib: info.memorySizeMB,
+                    name: Some(text(&info.name)),
+                }))
+            }
+        }
+    }
+
+    fn gpu_instance_profile_v1(
+        &self,
+        device: &DeviceHandle<'_>,
+        index: u32,
+    ) -> Result<Option<GpuInstanceProfile>, GpuError> {
+        let f = function!(self, nvmlDeviceGetGpuInstanceProfileInfo);
+        let mut info: nvmlGpuInstanceProfileInfo_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(device.0, index, &mut info) };
+        if matches!(code, NOT_SUPPORTED | INVALID_ARGUMENT) {
+            return Ok(None);
+        }
+        self.check(f.name, code)?;
+        Ok(Some(GpuInstanceProfile {
+            id: ProfileId(info.id),
+            slices: info.sliceCount,
+            max_instances: info.instanceCount,
+            sms: info.multiprocessorCount,
+            memory_mib: info.memorySizeMB,
+            name: None,
+        }))
+    }
+
+    /// Every placement of a profile, occupied or not.
+    pub(super) fn placements(&self, device: &DeviceHandle<'_>, profile: ProfileId) -> Result<Vec<Placement>, GpuError> {
+        let f = function!(self, nvmlDeviceGetGpuInstancePossiblePlacements_v2);
+        self.fill(f.name, nvmlGpuInstancePlacement_t { start: 0, size: 0 }, |buffer, count| {
+            // SAFETY: the handle is this library's; `count` says how many entries `buffer` has room for.
+            unsafe { (f.call)(device.0, profile.0, buffer, count) }
+        })
+        .map(|list| list.iter().map(|p| Placement { start: p.start, size: p.size }).collect())
+    }
+
+    /// GPU instances of one profile, of which the driver says that `max` may exist.
+    pub(super) fn gpu_instances(
+        &self,
+        device: &DeviceHandle<'_>,
+        profile: ProfileId,
+        max: u32,
+    ) -> Result<Vec<GpuInstance<'_>>, GpuError> {
+        let f = function!(self, nvmlDeviceGetGpuInstances);
+        let mut list = vec![ptr::null_mut(); ROOM.max(max as usize)];
+        let mut count = 0;
+        // SAFETY: the handle is this library's; `list` holds at least the profile's instanceCount entries, as this
+        // function demands, and `count` is out only.
+        let code = unsafe { (f.call)(device.0, profile.0, list.as_mut_ptr(), &mut count) };
+        self.check(f.name, code)?;
+        list.truncate(count as usize);
+        Ok(list.into_iter().map(|handle| GpuInstance(handle, PhantomData)).collect())
+    }
+
+    /// The GPU instance of that id.
+    pub(super) fn gpu_instance_by_id(&self, device: &DeviceHandle<'_>, id: u32) -> Result<GpuInstance<'_>, GpuError> {
+        let f = function!(self, nvmlDeviceGetGpuInstanceById);
+        let mut handle = ptr::null_mut();
+        // SAFETY: the device handle is this library's; the pointer is to one handle.
+        let code = unsafe { (f.call)(device.0, id, &mut handle) };
+        self.check(f.name, code)?;
+        Ok(GpuInstance(handle, PhantomData))
+    }
+
+    /// Id, profile and placement of a GPU instance.
+    pub(super) fn gpu_instance_info(&self, instance: &GpuInstance<'_>) -> Result<GpuInstanceInfo, GpuError> {
+        let f = function!(self, nvmlGpuInstanceGetInfo);
+        let mut info: nvmlGpuInstanceInfo_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(instance.0, &mut info) };
+        self.check(f.name, code)?;
+        Ok(GpuInstanceInfo {
+            id: info.id,
+            profile: ProfileId(info.profileId),
+            placement: Placement { start: info.placement.start, size: info.placement.size },
+        })
+    }
+
+    /// Creates a GPU instance at exactly that placement.
+    pub(super) fn create_gpu_instance(
+        &self,
+        device: &DeviceHandle<'_>,
+        profile: ProfileId,
+        at: Placement,
+    ) -> Result<GpuInstance<'_>, GpuError> {
+        let f = function!(self, nvmlDeviceCreateGpuInstanceWithPlacement);
+        let placement = nvmlGpuInstancePlacement_t { start: at.start, size: at.size };
+        let mut handle = ptr::null_mut();
+        // SAFETY: the device handle is this library's; the placement outlives the call; the pointer is to one handle.
+        let code = unsafe { (f.call)(device.0, profile.0, &placement, &mut handle) };
+        self.check(f.name, code)?;
+        Ok(GpuInstance(handle, PhantomData))
+    }
+
+    /// Destroys a GPU instance.
+    pub(super) fn destroy_gpu_instance(&self, instance: GpuInstance<'_>) -> Result<(), GpuError> {
+        let f = function!(self, nvmlGpuInstanceDestroy);
+        // SAFETY: the handle is this library's and, taken by value, not used again.
+        let code = unsafe { (f.call)(instance.0) };
+        self.check(f.name, code)
+    }
+
+    /// The compute-instance profile at that enum index; `None` where this GPU instance does not offer it.
+    pub(super) fn compute_profile(
+        &self,
+        instance: &GpuInstance<'_>,
+        index: u32,
+    ) -> Result<Option<ComputeProfile>, GpuError> {
+        let f = function!(self, nvmlGpuInstanceGetComputeInstanceProfileInfo);
+        let mut info: nvmlComputeInstanceProfileInfo_t = zeroed();
+        let engines = NVML_COMPUTE_INSTANCE_ENGINE_PROFILE_SHARED;
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(instance.0, index, engines, &mut info) };
+        if matches!(code, NOT_SUPPORTED | INVALID_ARGUMENT) {
+            return Ok(None);
+        }
+        self.check(f.name, code)?;
+        Ok(Some(ComputeProfile {
+            id: info.id,
+            slices: info.sliceCount,
+            max_instances: info.instanceCount,
+            sms: info.multiprocessorCount,
+        }))
+    }
+
+    /// Compute instances of one profile in a GPU instance.
+    pub(super) fn compute_instances(
+        &self,
+        instance: &GpuInstance<'_>,
+        profile: &ComputeProfile,
+    ) -> Result<Vec<ComputeInstance<'_>>, GpuError> {
+        let f = function!(self, nvmlGpuInstanceGetComputeInstances);
+        let mut list = vec![ptr::null_mut(); ROOM.max(profile.max_instances as usize)];
+        let mut count = 0;
+        // SAFETY: the handle is this library's; `list` holds at least the profile's instanceCount entries, as this
+        // function demands, and `count` is out only.
+        let code = unsafe { (f.call)(instance.0, profile.id, list.as_mut_ptr(), &mut count) };
+        self.check(f.name, code)?;
+        list.truncate(count as usize);
+        Ok(list.into_iter().map(|handle| ComputeInstance(handle, PhantomData)).collect())
+    }
+
+    /// The compute instance of that id in a GPU instance.
+    pub(super) fn compute_instance_by_id(
+        &self,
+        instance: &GpuInstance<'_>,
+        id: u32,
+    ) -> Result<ComputeInstance<'_>, GpuError> {
+        let f = function!(self, nvmlGpuInstanceGetComputeInstanceById);
+        let mut handle = ptr::null_mut();
+        // SAFETY: the GPU instance's handle is this library's; the pointer is to one handle.
+        let code = unsafe { (f.call)(instance.0, id, &mut handle) };
+        self.check(f.name, code)?;
+        Ok(ComputeInstance(handle, PhantomData))
+    }
+
+    /// Id and MIG device of a compute instance: the short way to its UUID.
+    pub(super) fn compute_instance_info(
+        &self,
+        compute: &ComputeInstance<'_>,
+    ) -> Result<(u32, DeviceHandle<'_>), GpuError> {
+        let f = function!(self, nvmlComputeInstanceGetInfo_v2);
+        let mut info: nvmlComputeInstanceInfo_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(compute.0, &mut info) };
+        self.check(f.name, code)?;
+        Ok((info.id, DeviceHandle(info.device, PhantomData)))
+    }
+
+    /// Creates a compute instance.
+    pub(super) fn create_compute_instance(
+        &self,
+        instance: &GpuInstance<'_>,
+        profile: &ComputeProfile,
+    ) -> Result<ComputeInstance<'_>, GpuError> {
+        let f = function!(self, nvmlGpuInstanceCreateComputeInstance);
+        let mut handle = ptr::null_mut();
+        // SAFETY: the GPU instance's handle is this library's; the pointer is to one handle.
+        let code = unsafe { (f.call)(instance.0, profile.id, &mut handle) };
+        self.check(f.name, code)?;
+        Ok(ComputeInstance(handle, PhantomData))
+    }
+
+    /// Destroys a compute instance.
+    pub(super) fn destroy_compute_instance(&self, compute: ComputeInstance<'_>) -> Result<(), GpuError> {
+        let f = function!(self, nvmlComputeInstanceDestroy);
+        // SAFETY: the handle is this library's and, taken by value, not used again.
+        let code = unsafe { (f.call)(compute.0) };
+        self.check(f.name, code)
+    }
+
+    /// Compute processes on a GPU; none where the driver can't tell.
+    pub(super) fn processes(&self, device: &DeviceHandle<'_>) -> Result<Vec<GpuProcess>, GpuError> {
+        const NONE: u32 = u32::MAX;
+        let name = "nvmlDeviceGetComputeRunningProcesses_v3";
+        let Ok(call) = &self.nvml.lib().nvmlDeviceGetComputeRunningProcesses_v3 else { return Ok(Vec::new()) };
+        let empty = nvmlProcessInfo_t { pid: 0, usedGpuMemory: 0, gpuInstanceId: NONE, computeInstanceId: NONE };
+        let list = self.fill(name, empty, |buffer, count| {
+            // SAFETY: the handle is this library's; `count` says how many entries `buffer` has room for.
+            let code = unsafe { call(device.0, count, buffer) };
+            if code != NOT_SUPPORTED {
+                return code;
+            }
+            *count = 0;
+            SUCCESS
+        })?;
+        let process =
+            |p: &nvmlProcessInfo_t| GpuProcess { pid: p.pid, instance: Some(p.gpuInstanceId).filter(|id| *id != NONE) };
+        Ok(list.iter().map(process).collect())
+    }
+
+    /// Calls `read` with a buffer and its length, and again with more room while it says INSUFFICIENT_SIZE.
+    fn fill<T: Clone>(
+        &self,
+        name: &'static str,
+        empty: T,
+        read: impl Fn(*mut T, &mut u32) -> u32,
+    ) -> Result<Vec<T>, GpuError> {
+        let mut room = ROOM;
+        loop {
+            let mut buffer = vec![empty.clone(); room];
+            let mut count = u32::try_from(room).unwrap_or(u32::MAX);
+            let code = read(buffer.as_mut_ptr(), &mut count);
+            if code == INSUFFICIENT_SIZE && room < 1 << 20 {
+                // The list may grow between two calls.
+                room = 2 * room.max(count as usize);
+                continue;
+            }
+            self.check(name, code)?;
+            buffer.truncate(count as usize);
+            return Ok(buffer);
+        }
+    }
+
+    /// A symbol that the library may lack.
+    fn function<F: Copy, E>(&self, name: &'static str, symbol: &Result<F, E>) -> Result<Function<F>, GpuError> {
+        match symbol {
+            Ok(call) => Ok(Function { name, call: *call }),
+            Err(_) => Err(self.missing(name)),
+        }
+    }
+
+    fn missing(&self, symbol: &'static str) -> GpuError {
+        let version = match &self.nvml.lib().nvmlSystemGetDriverVersion {
+            Ok(_) => self.driver_version().ok(),
+            Err(_) => None,
+        };
+        GpuError::Symbol { symbol, version: version.unwrap_or_else(|| "unknown".to_owned()) }
+    }
+
+    /// The answer of a call in our words.
+    fn check(&self, call: &'static str, code: nvmlReturn_t) -> Result<(), GpuError> {
+        Err(match code {
+            SUCCESS => return Ok(()),
+            INSUFFICIENT_RESOURCES => GpuError::NoRoom { call },
+            IN_USE => GpuError::InUse { call },
+            NOT_FOUND => GpuError::NotFound { call },
+            NO_PERMISSION => GpuError::NoPermission { call },
+            GPU_IS_LOST => GpuError::Lost { call },
+            _ => GpuError::Driver { call, code, text: self.error_text(code) },
+        })
+    }
+
+    fn error_text(&self, code: nvmlReturn_t) -> String {
+        let Ok(call) = &self.nvml.lib().nvmlErrorString else { return "unknown error".to_owned() };
+        // SAFETY: takes any number.
+        let text = unsafe { call(code) };
+        if text.is_null() {
+            return "unknown error".to_owned();
+        }
+        // SAFETY: not null, and NVML answers a static string that ends in NUL.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    }
+}
+
+/// Why loading or initialising failed.
+fn init_reason(error: &NvmlError) -> String {
+    match error {
+        NvmlError::LibloadingError(error) => error.to_string(),
+        NvmlError::FailedToLoadSymbol(error) => format!("not an NVIDIA management library: {error}"),
+        // nvml-wrapper has no variant for the codes above 22.
+        NvmlError::UnexpectedVariant(code) => format!("NVML error {code}"),
+        error => error.to_string(),
+    }
+}
+
+/// The version word of an NVML struct, as the macro NVML_STRUCT_VERSION of nvml.h makes it.
+const fn struct_version<T>(version: u32) -> u32 {
+    size_of::<T>() as u32 | version << 24
+}
+
+/// A C string in a buffer of its own.
+fn text(buffer: &[c_char]) -> String {
+    let bytes: Vec<u8> = buffer.iter().map(|c| c.to_ne_bytes()[0]).take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A C struct that NVML fills.
+///
+/// # Safety
+/// All zeroes must be a value of the type.
+unsafe trait Plain {}
+
+// SAFETY: integers and arrays of them.
+unsafe impl Plain for nvmlPciInfo_t {}
+// SAFETY: integers.
+unsafe impl Plain for nvmlMemory_t {}
+// SAFETY: integers.
+unsafe impl Plain for nvmlGpuInstanceProfileInfo_t {}
+// SAFETY: integers and an array of them.
+unsafe impl Plain for nvmlGpuInstanceProfileInfo_v2_t {}
+// SAFETY: integers and a raw pointer.
+unsafe impl Plain for nvmlGpuInstanceInfo_t {}
+// SAFETY: integers.
+unsafe impl Plain for nvmlComputeInstanceProfileInfo_t {}
+// SAFETY: integers and raw pointers.
+unsafe impl Plain for nvmlComputeInstanceInfo_t {}
+
+fn zeroed<T: Plain>() -> T {
+    // SAFETY: all zeroes is a value of every `Plain` type.
+    unsafe { MaybeUninit::zeroed().assume_init() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn struct_versions_are_those_of_the_header() {
+        assert_eq!(struct_version::<nvmlGpuInstanceProfileInfo_v2_t>(2), 0x0200_0098);
+        assert_eq!(struct_version::<nvmlComputeInstanceProfileInfo_v2_t>(2), 0x0200_0088);
+        assert_eq!(struct_version::<nvmlMemory_v2_t>(2), 0x0200_0028);
+    }
+
+    #[test]
+    fn text_stops_at_nul_and_never_runs_past_the_buffer() {
+        let bytes = |s: &[u8]| s.iter().map(|b| c_char::from_ne_bytes([*b])).collect::<Vec<_>>();
+        assert_eq!(text(&bytes(b"MIG 1g.10gb\0rest")), "MIG 1g.10gb");
+        assert_eq!(text(&bytes(b"full")), "full");
+        assert_eq!(text(&bytes(b"\xff\0")), "\u{fffd}");
+    }
+}

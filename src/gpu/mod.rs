@@ -1,0 +1,219 @@
+//! What a partitionable accelerator offers and holds, in our words. No NVML type crosses this line.
+
+use serde::{Deserialize, Serialize};
+
+mod ffi;
+pub mod nvml;
+
+/// A window of memory slices on one GPU, in the driver's own units: eighths on most boards, quarters on an A30,
+/// twelfths on an RTX PRO 6000. Never derived from an instance id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Placement {
+    /// First memory slice.
+    pub start: u32,
+    /// Memory slices covered.
+    pub size: u32,
+}
+
+impl Placement {
+    /// The occupied slices as a bit mask, bit n for slice n.
+    pub fn mask(self) -> u32 {
+        let ones = if self.size >= 32 { u32::MAX } else { (1 << self.size) - 1 };
+        ones.checked_shl(self.start).unwrap_or(0)
+    }
+}
+
+impl std::fmt::Display for Placement {
+    /// `4:4`, as `nvidia-smi mig -lgi` prints it: start, then size.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.start, self.size)
+    }
+}
+
+/// The driver's profile id (`nvmlGpuInstanceProfileInfo_t.id`): what create and list calls take. Not the enum index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ProfileId(pub u32);
+
+/// A GPU-instance profile that one GPU offers, as its driver reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    /// The driver's id.
+    pub id: ProfileId,
+    /// `1g.10gb`, `1g.10gb+me`: without NVML's `MIG ` prefix.
+    pub name: String,
+    /// Compute slices (the `1` of `1g`).
+    pub slices: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// How many may exist at once on this GPU (`instanceCount`).
+    pub max_instances: u32,
+    /// Every placement that this GPU allows for it, occupied or not, ascending by start.
+    pub placements: Vec<Placement>,
+}
+
+/// A compute instance and the MIG device that it makes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ComputeInstance {
+    /// Compute-instance id, unique in its GPU instance, reused.
+    pub id: u32,
+    /// `MIG-…`. Deterministic: a slice made again at the same place has the same UUID again.
+    pub uuid: String,
+}
+
+/// A GPU instance that exists now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// GPU-instance id, reused at once after a destroy.
+    pub id: u32,
+    /// The profile that it was made with.
+    pub profile: ProfileId,
+    /// Where it sits.
+    pub placement: Placement,
+    /// Its compute instances; empty for a half-made or half-destroyed slice.
+    pub compute: Vec<ComputeInstance>,
+}
+
+/// MIG mode of a GPU: current and pending, read together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigMode {
+    /// The board has no MIG.
+    Unsupported,
+    /// Off, and staying off.
+    Off,
+    /// On, and staying on.
+    On,
+    /// Off until the next GPU reset.
+    EnablePending,
+    /// On until the next GPU reset.
+    DisablePending,
+}
+
+/// One GPU with what it offers and holds at the moment of reading.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `GPU-…`.
+    pub uuid: String,
+    /// Product name, as `NVIDIA A100-SXM4-80GB`.
+    pub name: String,
+    /// NVML index. Not the minor.
+    pub index: u32,
+    /// The N of `/dev/nvidiaN`.
+    pub minor: u32,
+    /// `00000000:07:00.0`.
+    pub pci_bus_id: String,
+    /// MIG mode now.
+    pub mig: MigMode,
+    /// Profiles offered; empty unless MIG is on.
+    pub profiles: Vec<Profile>,
+    /// GPU instances that exist, in id order; empty unless MIG is on.
+    pub instances: Vec<Instance>,
+}
+
+impl Device {
+    /// The offered profile of that driver id.
+    pub fn profile(&self, id: ProfileId) -> Option<&Profile> {
+        self.profiles.iter().find(|p| p.id == id)
+    }
+
+    /// `GPU 0 (NVIDIA A100-SXM4-80GB)`, for messages.
+    pub fn label(&self) -> String {
+        format!("GPU {} ({})", self.index, self.name)
+    }
+}
+
+/// A process that the driver lists on a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuProcess {
+    /// Host pid.
+    pub pid: u32,
+    /// GPU instance, when it runs in one.
+    pub instance: Option<u32>,
+}
+
+/// Why a driver call failed, as far as somebody branches on it.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuError {
+    /// The library could not be loaded or initialised.
+    #[error(
+        "cannot load the NVIDIA management library {path}: {reason}; is the driver installed and loaded? (setting driver.nvml names another file)"
+    )]
+    Library {
+        /// The file that was tried.
+        path: String,
+        /// The loader's or driver's words.
+        reason: String,
+    },
+    /// The driver is too old to export a function that we need.
+    #[error("the NVIDIA driver {version} has no {symbol}; a driver of branch 535 or newer is needed")]
+    Symbol {
+        /// The missing function.
+        symbol: &'static str,
+        /// Driver version, or `unknown`.
+        version: String,
+    },
+    /// NVML_ERROR_INSUFFICIENT_RESOURCES (23): the placement is taken or the profile's limit reached.
+    #[error("{call}: no room (insufficient resources)")]
+    NoRoom {
+        /// The NVML function.
+        call: &'static str,
+    },
+    /// NVML_ERROR_IN_USE (19).
+    #[error("{call}: in use by another client")]
+    InUse {
+        /// The NVML function.
+        call: &'static str,
+    },
+    /// NVML_ERROR_NOT_FOUND (6).
+    #[error("{call}: not found")]
+    NotFound {
+        /// The NVML function.
+        call: &'static str,
+    },
+    /// NVML_ERROR_NO_PERMISSION (4).
+    #[error("{call}: insufficient permissions; creating and destroying MIG slices needs root")]
+    NoPermission {
+        /// The NVML function.
+        call: &'static str,
+    },
+    /// NVML_ERROR_GPU_IS_LOST (15).
+    #[error("{call}: the GPU is lost; it needs a reset or a reboot")]
+    Lost {
+        /// The NVML function.
+        call: &'static str,
+    },
+    /// Anything else, with NVML's number and words.
+    #[error("{call}: {text} (NVML error {code})")]
+    Driver {
+        /// The NVML function.
+        call: &'static str,
+        /// `nvmlReturn_t`.
+        code: u32,
+        /// `nvmlErrorString`.
+        text: String,
+    },
+}
+
+/// The one door to the hardware. Every call names the GPU by UUID; ids are read again, never remembered across a destroy.
+pub trait Gpu: std::fmt::Debug {
+    /// Driver version, as `580.82.07`.
+    fn driver_version(&self) -> Result<String, GpuError>;
+    /// Every GPU, in PCI bus order, with offered profiles and existing instances.
+    fn devices(&self) -> Result<Vec<Device>, GpuError>;
+    /// GPU instances of one GPU now, in id order, half-made ones included.
+    fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError>;
+    /// Creates a GPU instance at exactly that placement. The answer has no compute instance yet.
+    fn create_instance(&self, gpu: &str, profile: ProfileId, at: Placement) -> Result<Instance, GpuError>;
+    /// Creates the full-size compute instance in a GPU instance.
+    fn create_compute(&self, gpu: &str, instance: u32) -> Result<ComputeInstance, GpuError>;
+    /// Destroys a compute instance.
+    fn destroy_compute(&self, gpu: &str, instance: u32, compute: u32) -> Result<(), GpuError>;
+    /// Destroys a GPU instance that has no compute instance left.
+    fn destroy_instance(&self, gpu: &str, instance: u32) -> Result<(), GpuError>;
+    /// Processes on a GPU. An empty list does not prove that an instance can be destroyed.
+    fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError>;
+}

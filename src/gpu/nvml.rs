@@ -1,0 +1,346 @@
+//! `Gpu` over libnvidia-ml.
+
+use std::cell::{OnceCell, RefCell};
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use super::ffi::{self, ComputeProfile, DeviceHandle, GpuInstance, GpuInstanceProfile, Library};
+use super::ffi::{INVALID_ARGUMENT, NOT_SUPPORTED};
+use super::{ComputeInstance, Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId};
+
+/// Enum indices probed for GPU-instance profiles: past the 17 of NVML 13.0, so that a newer driver's are found.
+const GPU_INSTANCE_PROFILES: u32 = 32;
+/// Enum indices probed for compute-instance profiles: NVML 13.0 has 8.
+const COMPUTE_INSTANCE_PROFILES: u32 = 16;
+
+/// The NVIDIA driver of this machine. Loaded at the first call, and only once: initialising takes milliseconds, or
+/// seconds where no other client keeps the GPUs awake.
+#[derive(Debug)]
+pub struct Nvml {
+    path: PathBuf,
+    library: OnceCell<Library>,
+    /// By GPU UUID. What a GPU offers does not change while the driver is loaded.
+    offers: RefCell<HashMap<String, Rc<Offer>>>,
+}
+
+/// What one GPU offers.
+#[derive(Debug)]
+struct Offer {
+    profiles: Vec<Profile>,
+    /// Compute-instance profiles by GPU-instance profile, largest first; asked of the first instance met.
+    compute: RefCell<HashMap<ProfileId, Rc<[ComputeProfile]>>>,
+}
+
+impl Nvml {
+    /// The driver behind that `libnvidia-ml.so.1`; an absolute path. Loads nothing yet.
+    pub fn at(path: impl Into<PathBuf>) -> Nvml {
+        Nvml { path: path.into(), library: OnceCell::new(), offers: RefCell::default() }
+    }
+
+    fn library(&self) -> Result<&Library, GpuError> {
+        if let Some(library) = self.library.get() {
+            return Ok(library);
+        }
+        let library = Library::open(&self.path)?;
+        Ok(self.library.get_or_init(|| library))
+    }
+
+    fn read_device(&self, library: &Library, index: u32, handle: &DeviceHandle<'_>) -> Result<Device, GpuError> {
+        let mut device = Device {
+            uuid: library.uuid(handle)?,
+            name: library.name(handle)?,
+            index,
+            minor: library.minor(handle)?,
+            pci_bus_id: library.pci_bus_id(handle)?,
+            mig: read_mode(library, handle)?,
+            profiles: Vec::new(),
+            instances: Vec::new(),
+        };
+        if is_on(device.mig) {
+            let offer = self.offer(library, handle, &device.uuid)?;
+            device.instances = unless_forbidden(read_instances(library, handle, &offer))?;
+            device.profiles.clone_from(&offer.profiles);
+        }
+        Ok(device)
+    }
+
+    fn offer(&self, library: &Library, device: &DeviceHandle<'_>, uuid: &str) -> Result<Rc<Offer>, GpuError> {
+        if let Some(offer) = self.offers.borrow().get(uuid) {
+            return Ok(Rc::clone(offer));
+        }
+        let offer = Rc::new(Offer { profiles: read_profiles(library, device)?, compute: RefCell::default() });
+        self.offers.borrow_mut().insert(uuid.to_owned(), Rc::clone(&offer));
+        Ok(offer)
+    }
+}
+
+impl Offer {
+    fn compute_profiles(
+        &self,
+        library: &Library,
+        instance: &GpuInstance<'_>,
+        of: ProfileId,
+    ) -> Result<Rc<[ComputeProfile]>, GpuError> {
+        if let Some(profiles) = self.compute.borrow().get(&of) {
+            return Ok(Rc::clone(profiles));
+        }
+        let mut profiles = Vec::new();
+        for index in 0..COMPUTE_INSTANCE_PROFILES {
+            profiles.extend(library.compute_profile(instance, index)?);
+        }
+        profiles.sort_by_key(|p| Reverse(p.slices));
+        let profiles: Rc<[ComputeProfile]> = profiles.into();
+        // None at all: the instance has just gone.
+        if !profiles.is_empty() {
+            self.compute.borrow_mut().insert(of, Rc::clone(&profiles));
+        }
+        Ok(profiles)
+    }
+}
+
+impl Gpu for Nvml {
+    fn driver_version(&self) -> Result<String, GpuError> {
+        self.library()?.driver_version()
+    }
+
+    /// A GPU that has fallen off the bus or can't be opened is left out with a warning, so that the others stay usable;
+    /// when none is left, its error is the answer. Without permission to see placements and instances, as a user, those
+    /// lists are empty.
+    fn devices(&self) -> Result<Vec<Device>, GpuError> {
+        let library = self.library()?;
+        let mut devices = Vec::new();
+        let mut unusable = None;
+        for index in 0..library.device_count()? {
+            let read = match library.device_by_index(index) {
+                Ok(handle) => match self.read_device(library, index, &handle) {
+                    Err(error) if !matches!(error, GpuError::Lost { .. }) => return Err(error),
+                    read => read,
+                },
+                Err(error) => Err(error),
+            };
+            match read {
+                Ok(device) => devices.push(device),
+                Err(error) => {
+                    tracing::warn!("GPU {index} is left out: {error}");
+                    unusable.get_or_insert(error);
+                }
+            }
+        }
+        match unusable {
+            Some(error) if devices.is_empty() => return Err(error),
+            _ => {}
+        }
+        // NVML writes bus ids in upper-case hex of fixed width, so their order is the order of the text.
+        devices.sort_by(|a, b| a.pci_bus_id.cmp(&b.pci_bus_id));
+        Ok(devices)
+    }
+
+    fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        if !is_on(read_mode(library, &device)?) {
+            return Ok(Vec::new());
+        }
+        read_instances(library, &device, &*self.offer(library, &device, gpu)?)
+    }
+
+    fn create_instance(&self, gpu: &str, profile: ProfileId, at: Placement) -> Result<Instance, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        let instance = library.create_gpu_instance(&device, profile, at)?;
+        match library.gpu_instance_info(&instance) {
+            Ok(info) => Ok(bare(info)),
+            Err(error) => {
+                undo(library.destroy_gpu_instance(instance));
+                Err(error)
+            }
+        }
+    }
+
+    fn create_compute(&self, gpu: &str, instance: u32) -> Result<ComputeInstance, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        let instance = library.gpu_instance_by_id(&device, instance)?;
+        let made_with = library.gpu_instance_info(&instance)?.profile;
+        let offer = self.offer(library, &device, gpu)?;
+        let slices = offer.profiles.iter().find(|p| p.id == made_with).map(|p| p.slices);
+        let offered = offer.compute_profiles(library, &instance, made_with)?;
+        // The id is not the slice count: a 1g.20gb of an H100 needs id 7, which has all 26 multiprocessors, not id 0.
+        let whole = offered.iter().filter(|p| Some(p.slices) == slices).max_by_key(|p| (p.sms, Reverse(p.id)));
+        let Some(whole) = whole else {
+            return Err(GpuError::Driver {
+                call: "nvmlGpuInstanceGetComputeInstanceProfileInfo",
+                code: NOT_SUPPORTED,
+                text: format!("no compute-instance profile fills a GPU instance of profile {}", made_with.0),
+            });
+        };
+        let compute = library.create_compute_instance(&instance, whole)?;
+        match read_compute(library, &compute) {
+            Ok(made) => Ok(made),
+            Err(error) => {
+                undo(library.destroy_compute_instance(compute));
+                Err(error)
+            }
+        }
+    }
+
+    fn destroy_compute(&self, gpu: &str, instance: u32, compute: u32) -> Result<(), GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        let instance = library.gpu_instance_by_id(&device, instance)?;
+        library.destroy_compute_instance(library.compute_instance_by_id(&instance, compute)?)
+    }
+
+    fn destroy_instance(&self, gpu: &str, instance: u32) -> Result<(), GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        library.destroy_gpu_instance(library.gpu_instance_by_id(&device, instance)?)
+    }
+
+    fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError> {
+        let library = self.library()?;
+        library.processes(&library.device_by_uuid(gpu)?)
+    }
+}
+
+fn read_mode(library: &Library, device: &DeviceHandle<'_>) -> Result<MigMode, GpuError> {
+    Ok(match library.mig_mode(device)? {
+        None => MigMode::Unsupported,
+        Some((false, false)) => MigMode::Off,
+        Some((true, true)) => MigMode::On,
+        Some((false, true)) => MigMode::EnablePending,
+        Some((true, false)) => MigMode::DisablePending,
+    })
+}
+
+fn is_on(mode: MigMode) -> bool {
+    matches!(mode, MigMode::On | MigMode::DisablePending)
+}
+
+fn read_profiles(library: &Library, device: &DeviceHandle<'_>) -> Result<Vec<Profile>, GpuError> {
+    let mut profiles = Vec::new();
+    for index in 0..GPU_INSTANCE_PROFILES {
+        let Some(offered) = library.gpu_instance_profile(device, index)? else { continue };
+        let mut placements = unless_forbidden(library.placements(device, offered.id))?;
+        placements.sort_unstable();
+        let name = match offered.name.as_deref().map(|name| name.strip_prefix("MIG ").unwrap_or(name)) {
+            Some(name) if !name.is_empty() => name.to_owned(),
+            _ => profile_name(index, &offered, library.total_memory(device)?),
+        };
+        profiles.push(Profile {
+            id: offered.id,
+            name,
+            slices: offered.slices,
+            memory_mib: offered.memory_mib,
+            sms: offered.sms,
+            max_instances: offered.max_instances,
+            placements,
+        });
+    }
+    Ok(profiles)
+}
+
+fn read_instances(library: &Library, device: &DeviceHandle<'_>, offer: &Offer) -> Result<Vec<Instance>, GpuError> {
+    let mut instances = Vec::new();
+    for profile in &offer.profiles {
+        for handle in library.gpu_instances(device, profile.id, profile.max_instances)? {
+            let Some(info) = unless_gone(library.gpu_instance_info(&handle))? else { continue };
+            let mut instance = bare(info);
+            let mut slices = profile.slices;
+            for compute_profile in offer.compute_profiles(library, &handle, profile.id)?.iter() {
+                // Largest first: the usual single compute instance leaves no room for one of another profile.
+                if compute_profile.slices > slices {
+                    continue;
+                }
+                for compute in unless_gone(library.compute_instances(&handle, compute_profile))?.unwrap_or_default() {
+                    slices = slices.saturating_sub(compute_profile.slices);
+                    instance.compute.extend(unless_gone(read_compute(library, &compute))?);
+                }
+            }
+            instance.compute.sort_by_key(|compute| compute.id);
+            instances.push(instance);
+        }
+    }
+    instances.sort_by_key(|instance| instance.id);
+    Ok(instances)
+}
+
+fn read_compute(library: &Library, compute: &ffi::ComputeInstance<'_>) -> Result<ComputeInstance, GpuError> {
+    let (id, device) = library.compute_instance_info(compute)?;
+    Ok(ComputeInstance { id, uuid: library.uuid(&device)? })
+}
+
+fn bare(info: ffi::GpuInstanceInfo) -> Instance {
+    Instance { id: info.id, profile: info.profile, placement: info.placement, compute: Vec::new() }
+}
+
+/// `None` for what another client destroyed since it was listed: its handle is then unknown, or refused as no handle.
+fn unless_gone<T>(read: Result<T, GpuError>) -> Result<Option<T>, GpuError> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(GpuError::NotFound { .. } | GpuError::Driver { code: INVALID_ARGUMENT, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// An empty list where this user may not look.
+fn unless_forbidden<T>(read: Result<Vec<T>, GpuError>) -> Result<Vec<T>, GpuError> {
+    match read {
+        Err(GpuError::NoPermission { .. }) => Ok(Vec::new()),
+        read => read,
+    }
+}
+
+/// The half that was made is taken back; if that fails too, the caller finds it at its placement.
+fn undo(destroyed: Result<(), GpuError>) {
+    if let Err(error) = destroyed {
+        tracing::warn!("a half-made slice stays: {error}");
+    }
+}
+
+/// The name that the driver itself would give, for drivers that do not report names: NVIDIA's own tools compute it so
+/// (go-nvlib, `pkg/nvlib/device/mig_profile.go`).
+fn profile_name(index: u32, profile: &GpuInstanceProfile, total_bytes: u64) -> String {
+    let total_bytes = total_bytes.max(1);
+    let eighths = (u128::from(profile.memory_mib) * (8 << 20)).div_ceil(u128::from(total_bytes));
+    let total_gib = u128::from(total_bytes.div_ceil(1 << 30));
+    let gb = (eighths * total_gib + 4) / 8;
+    // NVML_GPU_INSTANCE_PROFILE_* of nvml.h; REV2, double memory, has no suffix.
+    let suffix = match index {
+        7 | 8 => "+me",
+        10..=12 | 17 => "+gfx",
+        13 | 14 => "-me",
+        15 | 16 => "+me.all",
+        _ => "",
+    };
+    format!("{}g.{gb}gb{suffix}", profile.slices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_that_newer_drivers_report() {
+        let name = |index, slices, memory_mib, total_mib: u64| {
+            let profile =
+                GpuInstanceProfile { id: ProfileId(0), slices, max_instances: 1, sms: 0, memory_mib, name: None };
+            profile_name(index, &profile, total_mib << 20)
+        };
+        // A100-SXM4-40GB, A100-SXM4-80GB, H100 80GB HBM3, A30.
+        assert_eq!(name(0, 1, 4864, 40960), "1g.5gb");
+        assert_eq!(name(7, 1, 4864, 40960), "1g.5gb+me");
+        assert_eq!(name(2, 3, 40192, 81920), "3g.40gb");
+        assert_eq!(name(9, 1, 20096, 81559), "1g.20gb");
+        assert_eq!(name(4, 7, 81037, 81559), "7g.80gb");
+        assert_eq!(name(8, 2, 11968, 24576), "2g.12gb+me");
+    }
+
+    #[test]
+    fn a_relative_path_is_refused() {
+        let error = Nvml::at("libnvidia-ml.so.1").driver_version().unwrap_err();
+        assert!(matches!(&error, GpuError::Library { reason, .. } if reason == "the path is not absolute"), "{error}");
+    }
+}

@@ -1,0 +1,170 @@
+//! What a process inherits and what it hands on: signals, descriptors, environment, and the `execve` itself.
+//!
+//! The shim must be invisible to the runtime that it becomes. Rust's start-up sets SIGPIPE to "ignored" before `main`, and
+//! `std::process::Command` sets it to "default" before exec: either way what the engine had chosen is lost (podman
+//! ignores it). So our binaries take C's `main` through [`entry!`], and exec directly.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+/// Defines C's `main` as a call of `$run(Vec<OsString>) -> i32`, without the signal changes of Rust's own start-up.
+#[macro_export]
+macro_rules! entry {
+    ($run:path) => {
+        /// The process entry; glibc has already kept argv for `std::env::args_os`.
+        #[allow(unsafe_code)]
+        #[unsafe(no_mangle)]
+        pub extern "C" fn main(_argc: i32, _argv: *const *const u8) -> i32 {
+            $run(std::env::args_os().collect())
+        }
+    };
+}
+
+/// SIGPIPE as it was inherited, to be put back before the process becomes another program.
+#[derive(Debug, Clone, Copy)]
+pub struct Sigpipe(libc::sighandler_t);
+
+impl Sigpipe {
+    /// Ignores SIGPIPE, so that a closed stderr can't kill us half-way, and remembers what it was.
+    pub fn ignore() -> Sigpipe {
+        // SAFETY: SIG_IGN installs no handler code; signal(2) has no memory effects.
+        Sigpipe(unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) })
+    }
+
+    /// Puts the inherited disposition back.
+    pub fn restore(self) {
+        // SAFETY: the value came from signal(2) for the same signal in this process.
+        unsafe { libc::signal(libc::SIGPIPE, self.0) };
+    }
+}
+
+/// Unblocks every signal: crun runs hooks with all of them blocked.
+pub fn unblock_signals() {
+    // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.
+    let mut none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `none` is a live sigset_t.
+    unsafe { libc::sigemptyset(&mut none) };
+    // SAFETY: `none` is initialised; the old mask is not asked for.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) };
+}
+
+/// Marks every descriptor from 3 on close-on-exec, except `keep`: a descriptor that leaks into a container's runtime is
+/// a way out of the container (CVE-2024-21626).
+pub fn close_on_exec_except(keep: std::ops::Range<RawFd>) {
+    let gaps = if keep.is_empty() { [(3, RawFd::MAX), (1, 0)] } else { [(3, keep.start - 1), (keep.end, RawFd::MAX)] };
+    for (first, last) in gaps.into_iter().filter(|(first, last)| first <= last) {
+        // SAFETY: close_range only sets a flag on descriptors; CLOSE_RANGE_CLOEXEC closes none.
+        let rc = unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC) };
+        if rc != 0 {
+            return close_on_exec_one_by_one(&keep); // Linux before 5.11
+        }
+    }
+}
+
+fn close_on_exec_one_by_one(keep: &std::ops::Range<RawFd>) {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<RawFd>().ok());
+    for fd in open.filter(|fd| *fd > 2 && !keep.contains(fd)) {
+        // SAFETY: F_SETFD on a descriptor of this process; one closed meanwhile gives EBADF.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+}
+
+/// Becomes `program`. Returns only on failure. `env` holds whole `KEY=VALUE` strings.
+pub fn exec(program: &Path, argv: &[OsString], env: &[OsString]) -> io::Error {
+    let c = |s: &OsStr| CString::new(s.as_bytes()).map_err(io::Error::from);
+    let prepared = || -> io::Result<_> {
+        let all = |list: &[OsString]| list.iter().map(|s| c(s)).collect::<io::Result<Vec<_>>>();
+        Ok((c(program.as_os_str())?, all(argv)?, all(env)?))
+    };
+    let (path, argv, env) = match prepared() {
+        Ok(strings) => strings,
+        Err(error) => return error,
+    };
+    let pointers = |list: &[CString]| {
+        list.iter().map(|s| s.as_ptr()).chain(std::iter::once(std::ptr::null())).collect::<Vec<_>>()
+    };
+    let (argv_ptrs, env_ptrs) = (pointers(&argv), pointers(&env));
+    // SAFETY: both arrays are null-terminated and point into strings that live until exec has replaced us or failed.
+    unsafe { libc::execve(path.as_ptr(), argv_ptrs.as_ptr(), env_ptrs.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Our environment as whole strings, in order, whatever their encoding.
+pub fn environment() -> Vec<OsString> {
+    std::env::vars_os()
+        .map(|(key, value)| {
+            let mut whole = key.into_vec();
+            whole.push(b'=');
+            whole.extend_from_slice(value.as_bytes());
+            OsString::from_vec(whole)
+        })
+        .collect()
+}
+
+/// Hides an environment from the dynamic loader of the next program: `LD_PRELOAD=x` becomes `0=LD_PRELOAD=x`, which
+/// neither ld.so nor libc nor Rust looks at. [`unwrap_environment`] gives it back for the low-level runtime.
+pub fn wrap_environment(env: &[OsString]) -> Vec<OsString> {
+    let wrap = |(n, whole): (usize, &OsString)| {
+        let mut wrapped = OsString::from(format!("{n}="));
+        wrapped.push(whole);
+        wrapped
+    };
+    env.iter().enumerate().map(wrap).collect()
+}
+
+/// The environment that [`wrap_environment`] hid, in its first order.
+pub fn unwrap_environment() -> Vec<OsString> {
+    let mut numbered: Vec<(usize, OsString)> =
+        std::env::vars_os().filter_map(|(key, whole)| Some((key.to_str()?.parse().ok()?, whole))).collect();
+    numbered.sort_by_key(|(n, _)| *n);
+    numbered.into_iter().map(|(_, whole)| whole).collect()
+}
+
+/// A copy of descriptor 2 of another process of ours (pidfd_getfd(2), Linux 5.6; needs ptrace rights on it).
+pub fn stderr_of(pid: u32) -> io::Result<File> {
+    // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let pidfd = own(pidfd)?;
+    use std::os::fd::AsRawFd;
+    // SAFETY: pidfd_getfd takes three integers and returns a new descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), 2, 0) };
+    own(fd)
+}
+
+fn own(fd: libc::c_long) -> io::Result<File> {
+    match RawFd::try_from(fd) {
+        // SAFETY: the kernel has just returned this descriptor to us; nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { File::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrapped_environment_has_no_name_that_a_loader_reads() {
+        let env: Vec<OsString> = vec!["LD_PRELOAD=/evil.so".into(), "GLIBC_TUNABLES=a=b".into()];
+        assert_eq!(wrap_environment(&env), vec!["0=LD_PRELOAD=/evil.so", "1=GLIBC_TUNABLES=a=b"]);
+    }
+
+    #[test]
+    fn exec_of_a_missing_program_returns_the_reason() {
+        let error = exec(Path::new("/nonexistent/runc"), &["runc".into()], &[]);
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_nul_in_an_argument_is_refused_not_cut() {
+        let error = exec(Path::new("/bin/true"), &["a\0b".into()], &[]);
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+}

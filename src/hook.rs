@@ -1,0 +1,225 @@
+//! `mig-hook STAGE`: podman's precreate (config on stdin, edited config on stdout), and the createRuntime and poststop hooks
+//! that an edited config carries.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::bundle;
+use crate::config::Settings;
+use crate::edits::{self, Edit, Given, HookCall};
+use crate::engine::{self, Binding, Engine, Grant, Released};
+use crate::first;
+use crate::gpu::nvml::Nvml;
+use crate::handover;
+use crate::host::{self, Host};
+use crate::lease::{Holder, Way};
+use crate::report::{self, Exit, Misused, Refused};
+use crate::request;
+
+/// A hook's command line.
+struct Call {
+    config: Option<PathBuf>,
+    stage: String,
+    lease: Option<String>,
+}
+
+/// Runs a stage. poststop ends with 0 whatever happens: runc 1.3 and youki fail `delete` otherwise.
+pub fn main(args: &[OsString]) -> Exit {
+    handover::unblock_signals();
+    let poststop = args.iter().any(|a| a == "poststop");
+    let outcome = parse(args).and_then(|call| {
+        let settings = Settings::load(call.config.as_deref())?;
+        report::start_logging(&settings, false);
+        run(&call, &settings)
+    });
+    match outcome {
+        Ok(()) => Exit::Ok,
+        Err(error) => {
+            let code = report::exit_code(&error);
+            tell(&report::sentence(&error), !poststop && args.iter().any(|a| a == "precreate"));
+            if poststop { Exit::Ok } else { code }
+        }
+    }
+}
+
+fn run(call: &Call, settings: &Settings) -> Result<()> {
+    match (call.stage.as_str(), &call.lease) {
+        ("precreate", _) => precreate(settings),
+        ("createRuntime", Some(token)) => bind(settings, token),
+        ("poststop", Some(token)) => poststop(settings, token),
+        ("createRuntime" | "poststop", None) => Err(Misused(format!(
+            "{} needs --lease TOKEN: such a hook is written into a config by precreate or mig-runtime, not by hand",
+            call.stage
+        ))
+        .into()),
+        // These run in the container's world, with its root, its environment or both.
+        (stage @ ("createContainer" | "startContainer"), _) => {
+            Err(Refused(format!("mig-hook does not run as a {stage} hook: that stage is under the container's control")).into())
+        }
+        (stage, _) => Err(Misused(format!("unknown hook stage {stage:?}; valid are precreate, createRuntime and poststop")).into()),
+    }
+}
+
+fn parse(args: &[OsString]) -> Result<Call> {
+    let mut call = Call { config: None, stage: String::new(), lease: None };
+    let mut words = args.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().cloned().ok_or_else(|| Misused(format!("{} needs a value", word.display())));
+        match word.to_str() {
+            Some("--config") => call.config = Some(value()?.into()),
+            Some("--lease") => {
+                let token = value()?;
+                let plain = token.to_str().filter(|t| first::plain_name(t));
+                call.lease = Some(plain.ok_or_else(|| Misused("--lease is no lease token".into()))?.to_owned());
+            }
+            Some(stage) if !stage.starts_with('-') && call.stage.is_empty() => call.stage = stage.to_owned(),
+            _ => return Err(Misused(format!("unexpected argument {:?}; usage: mig-hook [--config FILE] STAGE [--lease TOKEN]", word)).into()),
+        }
+    }
+    Ok(call)
+}
+
+/// podman's precreate. stdout carries the config and nothing else; without a request it is the very bytes that came.
+fn precreate(settings: &Settings) -> Result<()> {
+    let shown = "the config on standard input";
+    let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
+    let edited = grant_into(settings, &bytes, shown)?;
+    let Some((token, value)) = edited else { return Ok(std::io::stdout().write_all(&bytes)?) };
+    let written = serde_json::to_vec(&value).map_err(anyhow::Error::from).and_then(|text| {
+        let mut out = std::io::stdout().lock();
+        Ok(out.write_all(&text).and_then(|()| out.flush())?)
+    });
+    written.inspect_err(|_| give_back(settings, &token)).context("cannot write the edited config to standard output")
+}
+
+fn grant_into(settings: &Settings, bytes: &[u8], shown: &str) -> Result<Option<(String, Value)>> {
+    let config = bundle::parse(bytes, shown)?;
+    let Some(request) = request::from_annotations(annotations(&config.value), None)? else { return Ok(None) };
+    let mut value = config.certain(shown)?;
+    let owner = host::parent(std::process::id()).context("cannot tell which process runs this hook")?;
+    let mut holder = engine::new_holder(Way::Precreate, owner);
+    describe(&mut holder, &value);
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    let grant = engine.acquire(&request, &holder)?;
+    let token = grant.lease.token.clone();
+    edit(settings, &grant, &mut value, true).inspect_err(|_| give_back(settings, &token))?;
+    Ok(Some((token, value)))
+}
+
+/// Writes a grant into a config, and refuses where the container could reach more than its own slices.
+pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind: bool) -> Result<()> {
+    let lease = &grant.lease;
+    let given: Vec<Given> = lease
+        .slices
+        .iter()
+        .filter_map(|s| Some(Given { uuid: s.uuid.as_deref()?, gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] }))
+        .collect();
+    let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
+    let nodes = edits::nodes(&given, grant.majors, |name, major, minor| host.node_mode(name, major, minor));
+    let environment = edits::environment(&lease.uuids(), &lease.profiles());
+    let program = hook_program()?;
+    let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
+    edits::strip(config, grant.majors);
+    edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind }).map_err(Refused)?;
+    match edits::open_rule(config, &nodes, grant.majors) {
+        Some(why) if !settings.open_device_rules => Err(Refused(format!(
+            "the container would reach other slices than its own: {why}; start it without --privileged and without \
+             wide --device-cgroup-rule, or set requests.open_device_rules = true where that is meant"
+        ))
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Releases what a failure after acquire leaves over.
+pub(crate) fn give_back(settings: &Settings, token: &str) {
+    let nvml = Nvml::at(&settings.nvml);
+    let released = Engine::open(settings, &nvml).and_then(|engine| engine.release(token, None, "the container could not be set up"));
+    if let Err(error) = released {
+        tracing::error!(token, "cannot give the slice back, migctl gc will: {error}");
+    }
+}
+
+/// `mig-hook` as the hooks that we write name it: beside us, or where it is installed.
+fn hook_program() -> Result<PathBuf> {
+    let engine = std::env::current_exe().context("cannot tell where mig-engine is installed")?;
+    let dir = engine.parent().unwrap_or(Path::new("/"));
+    let places = [dir.join("mig-hook"), dir.join("../oci/hooks.d/mig-hook")];
+    let found = places.iter().find_map(|path| path.canonicalize().ok());
+    found.with_context(|| format!("mig-hook is neither at {} nor at {}; is it installed completely?", places[0].display(), places[1].display()))
+}
+
+/// String annotations of a config.
+pub(crate) fn annotations(config: &Value) -> impl Iterator<Item = (&str, &str)> {
+    let object = config.get("annotations").and_then(Value::as_object);
+    object.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
+}
+
+/// What a config tells about its container besides the request.
+pub(crate) fn describe(holder: &mut Holder, config: &Value) {
+    const IMAGE_KEYS: [&str; 3] =
+        ["io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName", "org.opencontainers.image.ref.name"];
+    let annotated = |key: &&str| annotations(config).find(|(k, _)| k == key).map(|(_, image)| image);
+    holder.image = IMAGE_KEYS.iter().find_map(annotated).map(|image| image.chars().take(256).collect());
+    // `parent:prefix:name` is systemd's form: the scope's name says which it will be.
+    let path = config.pointer("/linux/cgroupsPath").and_then(Value::as_str);
+    holder.cgroup = path.map(|path| match path.splitn(3, ':').collect::<Vec<_>>().as_slice() {
+        [_, prefix, name] => format!("/{prefix}-{name}.scope"),
+        _ => format!("/{}", path.trim_start_matches('/')),
+    });
+}
+
+/// The State that a runtime sends to a hook, as far as it is to be believed.
+fn state() -> Result<oci_spec::runtime::State> {
+    let bytes = bundle::read_limited(std::io::stdin().lock(), "the State on standard input")?;
+    // crun adds `root`, and in some stages has pid 0: parse only what is needed.
+    serde_json::from_slice(&bytes).context("the State on standard input is not what the OCI runtime specification says")
+}
+
+/// createRuntime: tells the lease which container it became. A failure fails the container's create.
+fn bind(settings: &Settings, token: &str) -> Result<()> {
+    let state = state()?;
+    let pid = state.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+    let pid = pid.context("the State on standard input has no pid: this is not a createRuntime hook")?;
+    if !first::plain_name(state.id()) {
+        return Err(Refused("the container id in the State is not a plain name".into()).into());
+    }
+    let caller = host::parent(std::process::id()).unwrap_or(0);
+    let words = host::command_line(caller);
+    let plan = first::plan(words.get(1..).unwrap_or_default().iter().cloned());
+    let bundle = Some(state.bundle().clone()).filter(|b| b.is_absolute() && b.parent().is_some());
+    let binding = Binding { container: state.id().clone(), pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
+    let nvml = Nvml::at(&settings.nvml);
+    Ok(Engine::open(settings, &nvml)?.confirm(token, &binding)?)
+}
+
+/// poststop: gives back what this very lease and container hold. May come twice, late, or for a container never seen.
+fn poststop(settings: &Settings, token: &str) -> Result<()> {
+    let state = state()?;
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    match engine.release(token, Some(state.id()), "its container has ended")? {
+        Released::Busy { reason } => tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}"),
+        outcome => tracing::debug!(token, ?outcome, "poststop"),
+    }
+    Ok(())
+}
+
+/// Says why: to stderr and to the journal; and, since podman throws away what a precreate hook prints, to podman's own
+/// stderr where the kernel lets us.
+fn tell(reason: &str, to_parent: bool) {
+    eprintln!("mig-hook: {reason}");
+    tracing::error!("{reason}");
+    if to_parent {
+        let parent = host::parent(std::process::id());
+        if let Some(Ok(mut stderr)) = parent.map(handover::stderr_of) {
+            let _ = writeln!(stderr, "mig-hook: {reason}");
+        }
+    }
+}
+

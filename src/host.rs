@@ -1,0 +1,379 @@
+//! The host as the driver and the kernel describe it: device numbers, capability minors, processes, boot.
+//!
+//! The driver's files lie under settable roots; pids, start times and the boot id always come from the real /proc.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the driver's files are.
+#[derive(Debug, Clone)]
+pub struct Host {
+    proc_root: PathBuf,
+    dev_root: PathBuf,
+    driver_root: PathBuf,
+}
+
+/// Character-device majors of the driver, from /proc/devices. All but 195 differ from boot to boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Majors {
+    /// `nvidia` (or `nvidia-frontend` before branch 550): GPUs and nvidiactl.
+    pub nvidia: u32,
+    /// `nvidia-caps`: GPU- and compute-instance capabilities.
+    pub caps: u32,
+    /// `nvidia-uvm`; absent until the module is loaded.
+    pub uvm: Option<u32>,
+}
+
+/// A process, named so that a reused pid is not mistaken for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Host pid.
+    pub pid: u32,
+    /// Field 22 of /proc/PID/stat: start time in clock ticks since boot.
+    pub start: u64,
+}
+
+/// Mode, owner and group of a node on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeMode {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A file of the driver that is missing or not as the driver writes it.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Unreadable.
+    #[error("cannot read {path}: {source}; is the NVIDIA driver loaded?")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// It lacks something.
+    #[error("{path} {what}")]
+    Content {
+        /// The file.
+        path: String,
+        /// What is missing and what to do.
+        what: String,
+    },
+}
+
+impl Host {
+    /// The driver's files under these roots.
+    pub fn at(proc_root: &Path, dev_root: &Path, driver_root: &Path) -> Host {
+        Host { proc_root: proc_root.into(), dev_root: dev_root.into(), driver_root: driver_root.into() }
+    }
+
+    /// The driver's majors. Loads nvidia-uvm by the host's nvidia-modprobe where it is not loaded: CUDA needs it.
+    pub fn majors(&self) -> Result<Majors, HostError> {
+        let majors = self.read_majors()?;
+        if majors.uvm.is_some() {
+            return Ok(majors);
+        }
+        let tool = self.driver_root.join("usr/bin/nvidia-modprobe");
+        let ran = std::process::Command::new(&tool).args(["-u", "-c", "0"]).env_clear().status();
+        let majors = self.read_majors()?;
+        match (majors.uvm, ran) {
+            (Some(_), _) => Ok(majors),
+            (None, ran) => {
+                let outcome = ran.map_or_else(|e| format!("could not be run: {e}"), |s| format!("ended with {s}"));
+                Err(HostError::Content {
+                    path: self.proc_root.join("devices").display().to_string(),
+                    what: format!(
+                        "has no nvidia-uvm, which CUDA needs, and {} -u -c 0 {outcome}; load the module with: modprobe nvidia-uvm",
+                        tool.display()
+                    ),
+                })
+            }
+        }
+    }
+
+    fn read_majors(&self) -> Result<Majors, HostError> {
+        let path = self.proc_root.join("devices");
+        let text = read(&path)?;
+        let number = |names: &[&str]| names.iter().find_map(|name| major(&text, name));
+        let need = |found: Option<u32>, name: &str| {
+            found.ok_or_else(|| HostError::Content {
+                path: path.display().to_string(),
+                what: format!("has no character device {name}: the NVIDIA driver is not loaded; load it with: modprobe nvidia"),
+            })
+        };
+        Ok(Majors {
+            nvidia: need(number(&["nvidia", "nvidia-frontend"]), "nvidia")?,
+            caps: need(number(&["nvidia-caps"]), "nvidia-caps")?,
+            uvm: number(&["nvidia-uvm"]),
+        })
+    }
+
+    /// Minor of a GPU instance's capability. `gpu` is the N of /dev/nvidiaN.
+    pub fn instance_minor(&self, gpu: u32, gi: u32) -> Result<u32, HostError> {
+        self.access(&format!("gpu{gpu}/mig/gi{gi}/access"))
+    }
+
+    /// Minor of a compute instance's capability.
+    pub fn compute_minor(&self, gpu: u32, gi: u32, ci: u32) -> Result<u32, HostError> {
+        self.access(&format!("gpu{gpu}/mig/gi{gi}/ci{ci}/access"))
+    }
+
+    fn access(&self, relative: &str) -> Result<u32, HostError> {
+        let path = self.proc_root.join("driver/nvidia/capabilities").join(relative);
+        access_minor(&read(&path)?).ok_or_else(|| HostError::Content {
+            path: path.display().to_string(),
+            what: "has no DeviceFileMinor line".into(),
+        })
+    }
+
+    /// Mode and owner of a node of the host, where it is there and really that device: sites restrict /dev/nvidia* by
+    /// module options, and a regular file may lie in a node's place.
+    pub fn node_mode(&self, relative: &str, major: u32, minor: u32) -> Option<NodeMode> {
+        let meta = self.dev_root.join(relative).symlink_metadata().ok()?;
+        let ours = meta.file_type().is_char_device() && device(meta.rdev()) == (major, minor);
+        ours.then(|| NodeMode { mode: meta.mode() & 0o777, uid: meta.uid(), gid: meta.gid() })
+    }
+}
+
+fn read(path: &Path) -> Result<String, HostError> {
+    fs::read_to_string(path).map_err(|source| HostError::Read { path: path.display().to_string(), source })
+}
+
+/// Major and minor of a `dev_t`, as makedev(3) packs them.
+fn device(dev: u64) -> (u32, u32) {
+    (nix::sys::stat::major(dev) as u32, nix::sys::stat::minor(dev) as u32)
+}
+
+/// Major of a character device in the text of /proc/devices.
+pub fn major(devices: &str, name: &str) -> Option<u32> {
+    let characters = devices.lines().take_while(|line| !line.starts_with("Block devices"));
+    characters.filter_map(|line| line.trim().split_once(' ')).find(|(_, n)| n.trim() == name)?.0.parse().ok()
+}
+
+/// The minor in the text of a capability's `access` file.
+pub fn access_minor(text: &str) -> Option<u32> {
+    text.lines().find_map(|line| line.strip_prefix("DeviceFileMinor:")?.trim().parse().ok())
+}
+
+/// The process with that pid, if it is alive. A zombie is dead: kill(pid, 0) says otherwise.
+pub fn process(pid: u32) -> Option<ProcessId> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    start_time(&stat).map(|start| ProcessId { pid, start })
+}
+
+/// Start time from the text of /proc/PID/stat; `None` for a zombie or a dead process. The name in parentheses may
+/// itself hold spaces and parentheses.
+fn start_time(stat: &str) -> Option<u64> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    match fields.first() {
+        Some(&"Z" | &"X" | &"x") | None => None,
+        Some(_) => fields.get(19)?.parse().ok(),
+    }
+}
+
+/// Whether that very process is still alive.
+pub fn alive(process_id: ProcessId) -> bool {
+    process(process_id.pid) == Some(process_id)
+}
+
+/// Parent of a process.
+pub fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Command line of a process.
+pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
+    use std::os::unix::ffi::OsStringExt;
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words = bytes.split(|b| *b == 0).map(|w| std::ffi::OsString::from_vec(w.to_vec()));
+    let mut words: Vec<_> = words.collect();
+    words.pop(); // after the last NUL
+    words
+}
+
+/// Program file of a process, if it is a file that still exists (crun runs from a sealed copy of itself).
+pub fn program(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok().filter(|path| path.is_absolute() && path.is_file())
+}
+
+/// Login uid of a process, else its real uid: who asked.
+pub fn user(pid: u32) -> Option<u32> {
+    let login = fs::read_to_string(format!("/proc/{pid}/loginuid")).ok().and_then(|t| t.trim().parse().ok());
+    let real = || fs::metadata(format!("/proc/{pid}")).ok().map(|m| m.uid());
+    login.filter(|uid| *uid != u32::MAX).or_else(real)
+}
+
+/// Mount namespace of a process, as `mnt:[4026531841]`.
+pub fn mount_namespace(pid: u32) -> Option<String> {
+    Some(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?.to_string_lossy().into_owned())
+}
+
+/// The cgroup of a process in which its device rules live: the v1 `devices` hierarchy, else the unified one.
+pub fn cgroup(pid: u32) -> Option<String> {
+    device_cgroup(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
+}
+
+fn device_cgroup(text: &str) -> Option<String> {
+    let lines = text.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        Some((fields.next()?, fields.next()?, fields.next()?))
+    });
+    let lines: Vec<_> = lines.collect();
+    let devices = lines.iter().find(|(_, controllers, _)| controllers.split(',').any(|c| c == "devices"));
+    let found = devices.or_else(|| lines.iter().find(|(id, _, _)| *id == "0"))?.2;
+    (found != "/").then(|| found.to_owned())
+}
+
+/// Every pid. A process may end while we look at it: all readers here take that for "not there".
+fn pids() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// Living processes in a cgroup or below it. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the
+/// cgroup file system is mounted for us.
+pub fn processes_in(wanted: &str) -> Vec<u32> {
+    let below = format!("{wanted}/");
+    let inside = |pid: &u32| cgroup(*pid).is_some_and(|c| c == wanted || c.starts_with(&below));
+    pids().into_iter().filter(|pid| inside(pid) && process(*pid).is_some()).collect()
+}
+
+/// Processes that have a device with this major and one of these minors open.
+pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
+    let holds = |pid: &u32| {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        fds.filter_map(|fd| fs::metadata(fd.path()).ok()).any(|meta| {
+            let (at, minor) = device(meta.rdev());
+            meta.file_type().is_char_device() && at == major && minors.contains(&minor)
+        })
+    };
+    pids().into_iter().filter(holds).collect()
+}
+
+/// The kernel's id of this boot.
+pub fn boot_id() -> Result<String, HostError> {
+    Ok(read(Path::new("/proc/sys/kernel/random/boot_id"))?.trim().to_owned())
+}
+
+/// A new lease token: 128 random bits as hex.
+pub fn token() -> Result<String, HostError> {
+    let uuid = read(Path::new("/proc/sys/kernel/random/uuid"))?;
+    Ok(uuid.chars().filter(char::is_ascii_hexdigit).collect())
+}
+
+/// Milliseconds since boot, sleep included. Never goes back, whatever happens to the clock.
+pub fn boot_ms() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.map_or(0, |t| t.tv_sec() as u64 * 1000 + t.tv_nsec() as u64 / 1_000_000)
+}
+
+/// Milliseconds since 1970, for people.
+pub fn wall_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEVICES: &str = "Character devices:\n  1 mem\n195 nvidia\n195 nvidia-modeset\n236 nvidia-caps\n510 nvidia-uvm\n\nBlock devices:\n  7 loop\n200 nvidia-x\n";
+
+    #[test]
+    fn majors_come_from_the_character_half() {
+        assert_eq!(major(DEVICES, "nvidia"), Some(195));
+        assert_eq!(major(DEVICES, "nvidia-caps"), Some(236));
+        assert_eq!(major(DEVICES, "nvidia-x"), None);
+        assert_eq!(major("", "nvidia"), None);
+    }
+
+    #[test]
+    fn the_capability_file_as_the_driver_writes_it() {
+        assert_eq!(access_minor("DeviceFileMinor: 12\nDeviceFileMode: 292\nDeviceFileModify: 1\n"), Some(12));
+        assert_eq!(access_minor("DeviceFileMode: 292\n"), None);
+    }
+
+    #[test]
+    fn a_name_with_parentheses_and_a_zombie() {
+        let tail = (4..=19).map(|n| n.to_string()).collect::<Vec<_>>().join(" ");
+        let stat = |state: &str| format!("7 (a) b (c) {state} 1 2 {tail} 4242 0 0");
+        assert_eq!(start_time(&stat("S")), Some(4242));
+        assert_eq!(start_time(&stat("Z")), None);
+        assert_eq!(start_time("garbage"), None);
+    }
+
+    #[test]
+    fn we_are_alive_and_nobody_else_is_us() {
+        let me = process(std::process::id()).unwrap();
+        assert!(alive(me));
+        assert!(!alive(ProcessId { start: me.start + 1, ..me }));
+        assert!(process(u32::MAX).is_none());
+    }
+
+    #[test]
+    fn a_zombie_is_dead() {
+        let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
+        while process(child.id()).is_some() {
+            std::thread::yield_now();
+        }
+        assert!(Path::new(&format!("/proc/{}", child.id())).exists());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn the_cgroup_of_the_device_rules() {
+        assert_eq!(device_cgroup("5:devices:/docker/c1\n0::/x\n").as_deref(), Some("/docker/c1"));
+        assert_eq!(device_cgroup("0::/libpod_parent/libpod-1\n").as_deref(), Some("/libpod_parent/libpod-1"));
+        assert_eq!(device_cgroup("0::/\n"), None);
+    }
+
+    #[test]
+    fn open_devices_are_found() {
+        let _null = fs::File::open("/dev/null").unwrap();
+        assert!(holders_of(1, &BTreeSet::from([3])).contains(&std::process::id()));
+    }
+
+    #[test]
+    fn a_host_without_the_driver_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("devices"), "Character devices:\n  1 mem\n").unwrap();
+        let host = Host::at(dir.path(), dir.path(), dir.path());
+        let error = host.majors().unwrap_err().to_string();
+        assert!(error.contains("modprobe nvidia"), "{error}");
+    }
+
+    #[test]
+    fn uvm_is_loaded_by_the_hosts_tool_or_named() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let devices = dir.path().join("devices");
+        fs::write(&devices, "Character devices:\n195 nvidia\n236 nvidia-caps\n").unwrap();
+        let host = Host::at(dir.path(), dir.path(), dir.path());
+        let error = host.majors().unwrap_err().to_string();
+        assert!(error.contains("modprobe nvidia-uvm"), "{error}");
+        let tool = dir.path().join("usr/bin/nvidia-modprobe");
+        fs::create_dir_all(tool.parent().unwrap()).unwrap();
+        fs::write(&tool, format!("#!/bin/sh\n[ \"$*\" = '-u -c 0' ] && echo '510 nvidia-uvm' >> {}\n", devices.display())).unwrap();
+        fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(host.majors().unwrap().uvm, Some(510));
+    }
+
+    #[test]
+    fn a_regular_file_is_no_node() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("nvidia0"), "").unwrap();
+        let host = Host::at(dir.path(), dir.path(), dir.path());
+        assert_eq!(host.node_mode("nvidia0", 195, 0), None);
+        assert!(Host::at(dir.path(), Path::new("/dev"), dir.path()).node_mode("null", 1, 3).is_some());
+    }
+}

@@ -1,0 +1,329 @@
+//! Our record that a holder has slices, and what is to become of it. Pure: facts come in, a verdict goes out.
+//!
+//! On disk: `leases/<token>.json`, described field by field in docs/state.md.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::gpu::{Placement, ProfileId};
+use crate::host::ProcessId;
+
+/// Version of the record. Another one on disk is refused and left alone.
+pub const VERSION: u64 = 1;
+/// Milliseconds after which a slice whose container never bound it is freed, even if its owner lives on (podman as a
+/// service does). A later createRuntime with that token fails.
+pub const UNBOUND_LIMIT_MS: u64 = 120_000;
+/// Milliseconds between the two looks that must both find the bundle of a never-started container gone.
+pub const ORPHAN_WAIT_MS: u64 = 60_000;
+
+/// One lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lease {
+    /// [`VERSION`].
+    pub version: u64,
+    /// Its name: 128 random bits as hex.
+    pub token: String,
+    /// Where it stands.
+    pub state: State,
+    /// Why it stands there, for Releasing and Quarantined.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Milliseconds since boot when it was written first.
+    pub created_boot_ms: u64,
+    /// Milliseconds since 1970 when it was written first.
+    pub created_ms: u64,
+    /// Who has it.
+    pub holder: Holder,
+    /// What it has, in the order asked.
+    pub slices: Vec<Slice>,
+}
+
+/// States of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Written before the GPU is touched. Under the lock, one that is seen is a dead process's.
+    Pending,
+    /// Every slice is whole.
+    Active,
+    /// On its way out: to be destroyed as soon as the driver lets us.
+    Releasing,
+    /// Neither usable nor surely ours to destroy; nothing is placed there until it is resolved.
+    Quarantined,
+}
+
+/// Which way in made the lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// podman's precreate: the owner is podman, a createRuntime hook binds the container.
+    Precreate,
+    /// The runtime shim: the owner is the process that becomes the runtime.
+    Shim,
+}
+
+/// The container, as far as it is known yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Holder {
+    /// How it came.
+    pub way: Way,
+    /// Container id; unknown at precreate.
+    pub container: Option<String>,
+    /// Bundle directory.
+    pub bundle: Option<PathBuf>,
+    /// `--root` of the runtime.
+    pub runtime_root: Option<PathBuf>,
+    /// The low-level runtime's program.
+    pub runtime: Option<PathBuf>,
+    /// Where the runtime will write the pid of init.
+    pub pid_file: Option<PathBuf>,
+    /// The process on whose behalf it was made.
+    pub owner: Option<ProcessId>,
+    /// The container's first process, once known.
+    pub init: Option<ProcessId>,
+    /// Its cgroup in the hierarchy of the device rules.
+    pub cgroup: Option<String>,
+    /// Mount namespace of the runtime, as `mnt:[N]`.
+    pub mount_namespace: Option<String>,
+    /// Image name, where the engine tells it.
+    pub image: Option<String>,
+    /// Login uid of the owner.
+    pub uid: Option<u32>,
+    /// Milliseconds since boot when the bundle was first found missing while init lived.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle_missing_boot_ms: Option<u64>,
+}
+
+/// What was done to the GPU last: written immediately before each driver call, so that recovery knows what may exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Nothing yet.
+    Planned,
+    /// The GPU instance is about to be created.
+    CreatingInstance,
+    /// It exists; the compute instance is about to be created.
+    CreatingCompute,
+    /// Both exist.
+    Whole,
+    /// The compute instance is about to be destroyed.
+    DestroyingCompute,
+    /// It is gone; the GPU instance is about to be destroyed.
+    DestroyingInstance,
+    /// Nothing is left.
+    Gone,
+}
+
+/// One slice of a lease. Identity is lease, GPU instance, placement and UUID together: ids and UUIDs come again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slice {
+    /// `GPU-…` of the parent.
+    pub gpu: String,
+    /// Its NVML index at the time, for people.
+    pub gpu_index: u32,
+    /// Its minor.
+    pub gpu_minor: u32,
+    /// Profile, as the driver numbers it.
+    pub profile: ProfileId,
+    /// Profile, as the driver names it.
+    pub profile_name: String,
+    /// Memory of the profile in MiB.
+    pub memory_mib: u64,
+    /// Where it sits.
+    pub placement: Placement,
+    /// False for a slice that was there before us: it is never destroyed by us.
+    pub ours: bool,
+    /// What was done last.
+    pub step: Step,
+    /// GPU-instance id.
+    pub gi: Option<u32>,
+    /// Compute-instance id.
+    pub ci: Option<u32>,
+    /// `MIG-…`.
+    pub uuid: Option<String>,
+    /// Minor of the GPU instance's capability.
+    pub gi_minor: Option<u32>,
+    /// Minor of the compute instance's capability.
+    pub ci_minor: Option<u32>,
+}
+
+impl Lease {
+    /// UUIDs of its slices, comma-separated.
+    pub fn uuids(&self) -> String {
+        self.slices.iter().filter_map(|s| s.uuid.as_deref()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Profile names of its slices, comma-separated.
+    pub fn profiles(&self) -> String {
+        self.slices.iter().map(|s| s.profile_name.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Capability minors of its slices: nobody else may have them while the holder lives.
+    pub fn minors(&self) -> impl Iterator<Item = u32> + '_ {
+        self.slices.iter().flat_map(|s| [s.gi_minor, s.ci_minor]).flatten()
+    }
+
+    /// Who holds it, for messages: `container 3f0a…` or `a container being created`.
+    pub fn held_by(&self) -> String {
+        match (&self.holder.container, self.state) {
+            (Some(id), _) => format!("container {}", short(id)),
+            (None, State::Pending | State::Active) => "a container being created".into(),
+            (None, State::Releasing) => "a container that has ended".into(),
+            (None, State::Quarantined) => "nobody (quarantined)".into(),
+        }
+    }
+}
+
+/// The first twelve characters of an engine's container id, as engines show it.
+pub fn short(id: &str) -> &str {
+    match id.len() >= 32 && id.bytes().all(|b| b.is_ascii_hexdigit()) {
+        true => &id[..12],
+        false => id,
+    }
+}
+
+/// What is known about a container's first process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Init {
+    /// No pid is known: not bound, no pid file.
+    Unknown,
+    /// That very process lives.
+    Alive,
+    /// It is gone, or a zombie.
+    Dead,
+}
+
+/// What the outside world says about a lease.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    /// A poststop hook has announced the end.
+    pub announced: bool,
+    /// The process that asked is alive.
+    pub owner_alive: bool,
+    /// The container's first process.
+    pub init: Init,
+    /// A living process is in the cgroup, or has one of the minors open.
+    pub held: bool,
+    /// The bundle directory is there.
+    pub bundle_exists: bool,
+    /// Milliseconds since the lease was made.
+    pub age_ms: u64,
+}
+
+/// What to do with a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Leave it.
+    Keep(&'static str),
+    /// Free its slices.
+    Free(&'static str),
+    /// Its container was created, never started, and can't be any more: delete it if the runtime agrees, then free.
+    Orphan,
+}
+
+/// Decides by the table of docs/architecture.md. Call only under the lock: that is what makes a Pending one an orphan.
+pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
+    match lease.state {
+        State::Pending => return Verdict::Free("the process that was cutting it died"),
+        State::Releasing => return Verdict::Free("its holder has ended"),
+        State::Quarantined if facts.held => return Verdict::Keep("quarantined, and still held by a process"),
+        State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
+        State::Active if facts.announced => return Verdict::Free("its container has ended"),
+        State::Active => {}
+    }
+    match facts.init {
+        Init::Alive if facts.bundle_exists || facts.owner_alive => Verdict::Keep("its container is alive"),
+        Init::Alive => Verdict::Orphan,
+        Init::Dead if facts.held => Verdict::Keep("init is dead, but a process of its cgroup or with its devices open lives"),
+        Init::Dead => Verdict::Free("its container is gone"),
+        // The owner of a shim's lease becomes the runtime itself: while it lives, `create` is under way.
+        Init::Unknown if facts.owner_alive && lease.holder.way == Way::Shim => Verdict::Keep("its container is being created"),
+        Init::Unknown if facts.owner_alive && facts.age_ms <= UNBOUND_LIMIT_MS => Verdict::Keep("its container is being created"),
+        Init::Unknown if facts.owner_alive => Verdict::Free("no container was started with it for 120 s"),
+        Init::Unknown => Verdict::Free("the process that asked for it died before a container was started"),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn lease(state: State, way: Way) -> Lease {
+        let holder = Holder {
+            way,
+            container: None,
+            bundle: None,
+            runtime_root: None,
+            runtime: None,
+            pid_file: None,
+            owner: None,
+            init: None,
+            cgroup: None,
+            mount_namespace: None,
+            image: None,
+            uid: None,
+            bundle_missing_boot_ms: None,
+        };
+        let (token, created_boot_ms, created_ms) = ("t".to_owned(), 0, 0);
+        Lease { version: VERSION, token, state, reason: None, created_boot_ms, created_ms, holder, slices: vec![] }
+    }
+
+    #[test]
+    fn the_table_of_verdicts() {
+        use Init::{Alive, Dead, Unknown};
+        let facts = |announced, owner_alive, init, held, bundle_exists, age_ms| Facts {
+            announced,
+            owner_alive,
+            init,
+            held,
+            bundle_exists,
+            age_ms,
+        };
+        let cases = [
+            // state, way, announced, owner, init, held, bundle, age → K(eep), F(ree), O(rphan)
+            (State::Pending, Way::Precreate, false, true, Unknown, false, true, 0, 'F'),
+            (State::Releasing, Way::Precreate, false, true, Alive, true, true, 0, 'F'),
+            (State::Quarantined, Way::Shim, true, false, Dead, true, true, 0, 'K'),
+            (State::Quarantined, Way::Shim, false, false, Dead, false, true, 0, 'F'),
+            (State::Active, Way::Precreate, true, true, Alive, true, true, 0, 'F'),
+            (State::Active, Way::Precreate, false, false, Alive, true, true, 999_999, 'K'),
+            (State::Active, Way::Precreate, false, true, Alive, true, false, 0, 'K'),
+            (State::Active, Way::Precreate, false, false, Alive, true, false, 0, 'O'),
+            (State::Active, Way::Shim, false, false, Dead, true, true, 0, 'K'),
+            (State::Active, Way::Shim, false, false, Dead, false, true, 0, 'F'),
+            (State::Active, Way::Precreate, false, true, Unknown, false, true, 120_000, 'K'),
+            (State::Active, Way::Precreate, false, true, Unknown, false, true, 120_001, 'F'),
+            (State::Active, Way::Shim, false, true, Unknown, false, true, 120_001, 'K'),
+            (State::Active, Way::Precreate, false, false, Unknown, false, true, 0, 'F'),
+            (State::Active, Way::Shim, false, false, Unknown, false, true, 0, 'F'),
+        ];
+        for (state, way, announced, owner, init, held, bundle, age, expected) in cases {
+            let verdict = verdict(&lease(state, way), facts(announced, owner, init, held, bundle, age));
+            let letter = match verdict {
+                Verdict::Keep(_) => 'K',
+                Verdict::Free(_) => 'F',
+                Verdict::Orphan => 'O',
+            };
+            assert_eq!(letter, expected, "{state:?} {way:?} owner {owner} {init:?} bundle {bundle}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn the_record_round_trips_and_refuses_what_it_does_not_know() {
+        let lease = lease(State::Active, Way::Shim);
+        let mut value = serde_json::to_value(&lease).unwrap();
+        assert_eq!(serde_json::from_value::<Lease>(value.clone()).unwrap(), lease);
+        value["surprise"] = 1.into();
+        assert!(serde_json::from_value::<Lease>(value).is_err());
+    }
+
+    #[test]
+    fn only_engine_ids_are_shortened() {
+        assert_eq!(short(&"a".repeat(64)), "aaaaaaaaaaaa");
+        assert_eq!(short("my-container"), "my-container");
+    }
+}

@@ -1,0 +1,301 @@
+//! How a reason reaches people: exit codes, stderr, the journal, and the `--log` file that docker and containerd read.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::bundle::BundleError;
+use crate::config::{ConfigError, Settings};
+use crate::engine::Failure;
+use crate::gpu::GpuError;
+use crate::handover;
+use crate::request::RequestError;
+use crate::store::StoreError;
+
+/// Exit codes of every binary, after sysexits.h. podman shows nothing but the code of a precreate hook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done, or nothing to do.
+    Ok = 0,
+    /// Wrong command line.
+    Usage = 64,
+    /// The request or the config.json can't be understood, or no GPU here offers what it asks for.
+    BadRequest = 65,
+    /// The driver, the low-level runtime or a part of this installation is missing or failing.
+    Unavailable = 69,
+    /// A mistake of ours.
+    Internal = 70,
+    /// A file could not be read or written.
+    Io = 74,
+    /// No room now; another time it may fit.
+    NoRoom = 75,
+    /// The settings, or the lack of privilege, forbid it.
+    NotAllowed = 77,
+    /// The settings file is wrong.
+    Config = 78,
+}
+
+/// The exit code for an error, by the most telling cause in its chain.
+pub fn exit_code(error: &anyhow::Error) -> Exit {
+    for cause in error.chain() {
+        if let Some(failure) = cause.downcast_ref::<Failure>() {
+            return match failure {
+                Failure::BadRequest(_) => Exit::BadRequest,
+                Failure::NotAllowed(_) | Failure::Gpu(GpuError::NoPermission { .. }) => Exit::NotAllowed,
+                Failure::NoRoom(_) | Failure::Stale(_) => Exit::NoRoom,
+                Failure::Gpu(GpuError::NoRoom { .. } | GpuError::InUse { .. }) => Exit::NoRoom,
+                Failure::Gpu(_) | Failure::Host(_) => Exit::Unavailable,
+                Failure::Store(StoreError::Busy { .. }) => Exit::NoRoom,
+                Failure::Store(_) => Exit::Io,
+            };
+        }
+        if cause.is::<RequestError>() {
+            return Exit::BadRequest;
+        }
+        match cause.downcast_ref::<BundleError>() {
+            Some(BundleError::Read { .. } | BundleError::Replace { .. }) => return Exit::Io,
+            Some(_) => return Exit::BadRequest,
+            None => {}
+        }
+        if cause.is::<ConfigError>() {
+            return Exit::Config;
+        }
+        if let Some(Refused(_)) = cause.downcast_ref() {
+            return Exit::NotAllowed;
+        }
+        if let Some(Misused(_)) = cause.downcast_ref() {
+            return Exit::Usage;
+        }
+        if let Some(GpuError::NoPermission { .. }) = cause.downcast_ref() {
+            return Exit::NotAllowed;
+        }
+        if cause.is::<GpuError>() {
+            return Exit::Unavailable;
+        }
+    }
+    Exit::Internal
+}
+
+/// A refusal for safety's sake.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(pub String);
+
+/// A wrong command line.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misused(pub String);
+
+/// `mig-engine WAY ARGS…`: what the first stages become.
+pub fn engine_main(args: Vec<OsString>) -> i32 {
+    let pipe = handover::Sigpipe::ignore();
+    std::panic::set_hook(Box::new(|info| {
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        let line = format!("mig-hook: a mistake in mig-hook at {place}: {info}");
+        eprintln!("{line}");
+        to_socket(Path::new("/dev/log"), Level::ERROR, &line);
+    }));
+    let rest = args.get(2..).unwrap_or_default().to_vec();
+    match args.get(1).and_then(|way| way.to_str()) {
+        Some("hook") => crate::hook::main(&rest) as i32,
+        Some("shim") => crate::shim::main(rest, pipe),
+        _ => {
+            eprintln!("mig-engine is started by mig-hook and mig-runtime, not by hand; see migctl --help");
+            Exit::Usage as i32
+        }
+    }
+}
+
+/// Where log lines go.
+#[derive(Debug, Clone)]
+enum Sink {
+    /// People: stderr.
+    Stderr,
+    /// journald or syslogd, by their datagram socket.
+    Socket(PathBuf),
+}
+
+/// Log lines and audit lines of one process.
+struct Lines {
+    sink: Sink,
+    audit: Option<PathBuf>,
+}
+
+/// Starts logging: to stderr for a person's command, to the journal for a hook or shim. Audit lines (target `audit`) also
+/// go to the journal whatever the way in, and to `log.audit_file`.
+pub fn start_logging(settings: &Settings, person: bool) {
+    let level = settings.level.parse().unwrap_or(Level::INFO);
+    let sink = if person { Sink::Stderr } else { Sink::Socket(settings.log_socket.clone()) };
+    let lines = Lines { sink, audit: settings.audit_file.clone() };
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(level).with_ansi(false).event_format(Plain).with_writer(lines).finish();
+    let _ = tracing::subscriber::set_global_default(subscriber); // a second call in a test process changes nothing
+}
+
+/// One event as `message key=value`: no time and no level, journald has them.
+struct Plain;
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>, N: for<'a> FormatFields<'a> + 'static> FormatEvent<S, N> for Plain {
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> std::fmt::Result {
+        struct Fields {
+            message: String,
+            rest: String,
+        }
+        impl Visit for Fields {
+            fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+                let _ = match field.name() {
+                    "message" => write!(self.message, "{value:?}"),
+                    name => write!(self.rest, " {name}={value:?}"),
+                };
+            }
+        }
+        let mut fields = Fields { message: String::new(), rest: String::new() };
+        event.record(&mut fields);
+        writeln!(writer, "{}{}", fields.message, fields.rest)
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line<'a>;
+    fn make_writer(&'a self) -> Line<'a> {
+        Line { lines: self, level: Level::INFO, audit: false }
+    }
+    fn make_writer_for(&'a self, meta: &tracing::Metadata<'_>) -> Line<'a> {
+        Line { lines: self, level: *meta.level(), audit: meta.target() == "audit" }
+    }
+}
+
+/// Writes one event. tracing gives it whole, in one call.
+struct Line<'a> {
+    lines: &'a Lines,
+    level: Level,
+    audit: bool,
+}
+
+impl io::Write for Line<'_> {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        let line = String::from_utf8_lossy(text);
+        match &self.lines.sink {
+            Sink::Stderr if self.audit => {}
+            Sink::Stderr => eprint!("migctl: {line}"),
+            Sink::Socket(path) => to_socket(path, self.level, &format!("mig-hook: {}", line.trim_end())),
+        }
+        if let Some(path) = self.lines.audit.as_deref().filter(|_| self.audit) {
+            let append = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(path);
+            // One write: lines of concurrent processes don't mix.
+            append.and_then(|mut file| file.write_all(text))?;
+        }
+        Ok(text.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One line to journald or syslogd (RFC 3164, facility daemon). Never waits and never fails: a full or missing log must
+/// not stop a container.
+fn to_socket(path: &Path, level: Level, line: &str) {
+    let severity = match level {
+        Level::ERROR => 3,
+        Level::WARN => 4,
+        Level::INFO => 6,
+        _ => 7,
+    };
+    let line = line.strip_prefix("mig-hook: ").unwrap_or(line);
+    let message = format!("<{}>mig-hook[{}]: {line}", (3 << 3) | severity, std::process::id());
+    if let Ok(socket) = UnixDatagram::unbound() {
+        let _ = socket.set_nonblocking(true);
+        let _ = socket.send_to(message.as_bytes(), path);
+    }
+}
+
+/// The whole cause chain on one line.
+pub fn sentence(error: &anyhow::Error) -> String {
+    format!("{error:#}").replace('\n', " ")
+}
+
+/// Appends a runc-style error record to the runtime's `--log` file, the only place where docker and containerd look. The
+/// file may lie in a directory of the engine's: a link in its place is not followed.
+pub fn to_runtime_log(log: &Path, json: bool, message: &str) {
+    let time = rfc3339(crate::host::wall_ms() / 1000);
+    let line = match json {
+        true => serde_json::json!({"level": "error", "msg": message, "time": time}).to_string(),
+        false => format!("time=\"{time}\" level=error msg={message:?}"),
+    };
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).mode(0o644).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let _ = options.open(log).and_then(|mut file| writeln!(file, "{line}"));
+}
+
+/// Seconds since 1970 as `2026-11-22T10:00:00Z`: what runc writes and logrus reads. (Days to date after Howard Hinnant,
+/// <https://howardhinnant.github.io/date_algorithms.html>.)
+pub fn rfc3339(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let day_of_era = z % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_as_logrus_writes_them() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(rfc3339(1_795_347_296), "2026-11-22T12:34:56Z");
+    }
+
+    #[test]
+    fn the_record_is_one_that_containerd_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log.json");
+        to_runtime_log(&log, true, "no room for \"7g.80gb\"");
+        let record: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&log).unwrap()).unwrap();
+        assert_eq!((record["level"].as_str(), record["msg"].as_str()), (Some("error"), Some("no room for \"7g.80gb\"")));
+    }
+
+    #[test]
+    fn a_link_in_the_logs_place_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let canary = dir.path().join("canary");
+        std::fs::write(&canary, "").unwrap();
+        std::os::unix::fs::symlink(&canary, dir.path().join("log.json")).unwrap();
+        to_runtime_log(&dir.path().join("log.json"), true, "x");
+        assert_eq!(std::fs::read_to_string(&canary).unwrap(), "");
+    }
+
+    #[test]
+    fn codes_tell_the_kinds_apart() {
+        let code = |failure: Failure| exit_code(&anyhow::Error::from(failure).context("while"));
+        assert_eq!(code(Failure::BadRequest("x".into())), Exit::BadRequest);
+        assert_eq!(code(Failure::NoRoom("x".into())), Exit::NoRoom);
+        assert_eq!(code(Failure::Gpu(GpuError::NoPermission { call: "x" })), Exit::NotAllowed);
+        assert_eq!(code(Failure::Gpu(GpuError::Lost { call: "x" })), Exit::Unavailable);
+        assert_eq!(exit_code(&anyhow::anyhow!("x")), Exit::Internal);
+    }
+
+    #[test]
+    fn a_missing_log_socket_stops_nothing() {
+        to_socket(Path::new("/nonexistent/log"), Level::INFO, "x");
+    }
+}

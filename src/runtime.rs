@@ -1,0 +1,68 @@
+//! The low-level runtime as a child process: only for `delete` of a leased container and for orphans.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::handover;
+
+/// Runs the runtime with our own stdio and the given environment, and waits. The exit code, or 128 + signal.
+pub fn run(runtime: &Path, args: &[OsString], env: &[OsString]) -> io::Result<i32> {
+    let status = command(runtime, args, env).status()?;
+    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+/// `status` of a container as `RUNTIME --root ROOT state ID` tells it; `None` where it knows no such container.
+pub fn status(runtime: &Path, root: Option<&Path>, id: &str) -> Option<String> {
+    let mut args = root_args(root);
+    args.extend(["state".into(), id.into()]);
+    let output = command(runtime, &args, &[]).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let state: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+    Some(state.get("status")?.as_str()?.to_owned())
+}
+
+/// `RUNTIME --root ROOT delete --force ID`. True when it ended with 0.
+pub fn delete_force(runtime: &Path, root: Option<&Path>, id: &str) -> bool {
+    let mut args = root_args(root);
+    args.extend(["delete".into(), "--force".into(), id.into()]);
+    command(runtime, &args, &[]).stdin(Stdio::null()).stdout(Stdio::null()).status().is_ok_and(|s| s.success())
+}
+
+fn root_args(root: Option<&Path>) -> Vec<OsString> {
+    root.map_or_else(Vec::new, |root| vec!["--root".into(), root.into()])
+}
+
+fn command(runtime: &Path, args: &[OsString], env: &[OsString]) -> Command {
+    use std::os::unix::ffi::OsStrExt;
+    let pairs = env.iter().filter_map(|whole| {
+        let at = whole.as_bytes().iter().position(|b| *b == b'=')?;
+        let (key, value) = (&whole.as_bytes()[..at], &whole.as_bytes()[at + 1..]);
+        Some((std::ffi::OsStr::from_bytes(key), std::ffi::OsStr::from_bytes(value)))
+    });
+    // Descriptors are close-on-exec already: the shim marks them before it starts anything.
+    handover::close_on_exec_except(0..0);
+    let mut command = Command::new(runtime);
+    command.arg0(runtime).args(args).env_clear().envs(pairs);
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_code_is_the_runtimes() {
+        let sh = |script: &str| run(Path::new("/bin/sh"), &["-c".into(), script.into()], &["A=b".into()]).unwrap();
+        assert_eq!(sh("exit 7"), 7);
+        assert_eq!(sh("kill -9 $$"), 128 + 9);
+        assert_eq!(sh("test \"$A\" = b && test -z \"$HOME\""), 0);
+    }
+
+    #[test]
+    fn a_runtime_that_is_missing_knows_no_container() {
+        assert_eq!(status(Path::new("/nonexistent/runc"), None, "c1"), None);
+        assert!(!delete_force(Path::new("/nonexistent/runc"), None, "c1"));
+    }
+}

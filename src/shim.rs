@@ -1,0 +1,228 @@
+//! `mig-runtime`, second stage: a container that asks for a slice, or holds one, on its way to the low-level runtime.
+//!
+//! Ends in `execv`, so that pid, signals and exit code stay the runtime's; only `delete` of a leased container waits for
+//! the runtime, since the slice may be given back only after it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::bundle;
+use crate::config::Settings;
+use crate::edits;
+use crate::engine::{self, Engine, Released};
+use crate::first::{self, Plan, Verb};
+use crate::gpu::nvml::Nvml;
+use crate::handover::{self, Sigpipe};
+use crate::hook;
+use crate::lease::{Holder, Way};
+use crate::report::{self, Misused, Refused};
+use crate::request::{self, Request};
+use crate::runtime;
+
+/// Does what the command line asks for, then becomes the runtime. Returns an exit code when it could not.
+pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
+    let env = handover::unwrap_environment();
+    let plan = first::plan(args);
+    let settings = match Settings::load(plan.own.config.as_deref()) {
+        Ok(settings) => settings,
+        // A broken settings file must not keep anybody from deleting a container.
+        Err(error) if matches!(plan.verb, Verb::Delete | Verb::Exec) => {
+            eprintln!("mig-runtime: {error}; going on without");
+            Settings::default()
+        }
+        Err(error) => return refuse(&plan, &error.into()),
+    };
+    report::start_logging(&settings, false);
+    let prepared = match plan.verb {
+        Verb::Create | Verb::Run => create(&plan, &settings),
+        Verb::Restore => restore(&plan).map(|()| None),
+        Verb::Exec => {
+            if let Err(error) = exec(&plan, &settings) {
+                tracing::warn!("the process gets no environment of its slice: {}", report::sentence(&error));
+            }
+            Ok(None)
+        }
+        Verb::Delete => return delete(&plan, &settings, &env),
+        Verb::Other => Ok(None),
+    };
+    match prepared {
+        Err(error) => refuse(&plan, &error),
+        Ok(token) => {
+            pipe.restore();
+            let error = first::hand_over(&plan, settings.runtime.as_deref(), &env);
+            let _ = Sigpipe::ignore();
+            if let Some(token) = token {
+                hook::give_back(&settings, &token);
+            }
+            refuse(&plan, &Refused(error).into())
+        }
+    }
+}
+
+/// The reason on stderr, in the runtime's log and in the journal; nothing was started.
+fn refuse(plan: &Plan, error: &anyhow::Error) -> i32 {
+    let message = format!("mig: {}", report::sentence(error));
+    eprintln!("mig-runtime: {message}");
+    tracing::error!("{message}");
+    if let Some(log) = &plan.log {
+        report::to_runtime_log(log, plan.log_json, &message);
+    }
+    report::exit_code(error) as i32
+}
+
+/// Edits the config of a container that asks for slices. The token of what was acquired, to be given back should the
+/// hand-over fail.
+fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
+    if !plan.own.unknown.is_empty() {
+        let unknown = plan.own.unknown.join(", ");
+        return Err(Misused(format!("unknown option {unknown}; valid are --mig-env, --mig-config and --mig-runtime")).into());
+    }
+    let path = first::config_path(plan);
+    let shown = path.display().to_string();
+    let config = bundle::parse(&bundle::read(&path)?, &shown)?;
+    let Some(request) = requested(plan, settings, &config.value)? else {
+        return match edits::marked(&config.value) {
+            Some(_) => Err(Refused(format!("{shown} is marked with {} but asks for no slice", edits::LEASE)).into()),
+            None => Ok(None),
+        };
+    };
+    let mut value = config.certain(&shown)?;
+    let holder = holder(plan, settings, &value)?;
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    if let Some(token) = edits::marked(&value).filter(|token| first::plain_name(token) && edits::carries_lease(&value, token)) {
+        if engine.adopt(token, &holder)? {
+            return Ok(None); // podman's hook was here before us and releases by the same token
+        }
+    }
+    let grant = engine.acquire(&request, &holder)?;
+    let token = grant.lease.token.clone();
+    let put = hook::edit(settings, &grant, &mut value, holder.pid_file.is_none())
+        .and_then(|()| Ok(bundle::replace(&path, &value)?))
+        .inspect_err(|_| hook::give_back(settings, &token));
+    put.map(|()| Some(token))
+}
+
+/// Annotations win over the environment, which counts only for an entry with `--mig-env`: an image's ENV and a user's
+/// `-e` look the same here, so the user must have chosen this runtime by name.
+fn requested(plan: &Plan, settings: &Settings, config: &Value) -> Result<Option<Request>> {
+    const NAME_KEYS: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName"];
+    let name = hook::annotations(config).find(|(key, _)| NAME_KEYS.contains(key)).map(|(_, name)| name);
+    let annotated = request::from_annotations(hook::annotations(config), name)?;
+    if annotated.is_some() || !plan.own.env {
+        return Ok(annotated);
+    }
+    let vars = config.pointer("/process/env").and_then(Value::as_array);
+    let environment = request::from_env(vars.into_iter().flatten().filter_map(Value::as_str))?;
+    match environment {
+        Some(_) if !settings.environment => {
+            Err(Refused("requests in the environment are switched off here (requests.environment); use an annotation".into()).into())
+        }
+        other => Ok(other),
+    }
+}
+
+fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
+    let id = plan.id.as_ref().and_then(|id| id.to_str()).filter(|id| first::plain_name(id));
+    let id = id.ok_or_else(|| Refused(format!("the container id {:?} is not a plain name", plan.id.clone().unwrap_or_default())))?;
+    let absolute = |path: &PathBuf| std::path::absolute(path).ok();
+    let mut holder = engine::new_holder(Way::Shim, std::process::id());
+    holder.container = Some(id.to_owned());
+    holder.bundle = Some(bundle::directory(plan.bundle.as_deref()).context("cannot tell where the bundle is")?);
+    holder.runtime_root = plan.root.clone();
+    holder.runtime = first::low_level_runtime(plan, settings.runtime.as_deref()).ok();
+    holder.pid_file = plan.pid_file.as_ref().and_then(absolute);
+    hook::describe(&mut holder, config);
+    Ok(holder)
+}
+
+/// A restore reuses the edited config of a container whose slice is long given back, and GPU state can't be restored.
+fn restore(plan: &Plan) -> Result<()> {
+    let path = first::config_path(plan);
+    let shown = path.display().to_string();
+    Err(Refused(format!("{shown} asks for a MIG slice; a checkpointed container can't get its GPU state back, so it is not restored")).into())
+}
+
+/// Adds the slice's environment to a process that joins its container: engines build it from the image's.
+fn exec(plan: &Plan, settings: &Settings) -> Result<()> {
+    let (Some(file), Some(id)) = (&plan.process, plan.id.as_ref().and_then(|id| id.to_str())) else { return Ok(()) };
+    let nvml = Nvml::at(&settings.nvml);
+    let Some(lease) = Engine::open(settings, &nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
+    let shown = file.display().to_string();
+    let mut process = bundle::parse(&bundle::read(file)?, &shown)?.certain(&shown)?;
+    edits::set_environment(&mut process, &edits::environment(&lease.uuids(), &lease.profiles())).map_err(Refused)?;
+    Ok(bundle::replace(file, &process)?)
+}
+
+/// Deletes by the runtime, then releases if that worked or the container is over anyway: a plain `delete` of a running
+/// container fails, and it lives on. Engines call this after every end, also after a failed create, where crun and youki
+/// run no poststop hook.
+fn delete(plan: &Plan, settings: &Settings, env: &[OsString]) -> i32 {
+    let low_level = match first::low_level_runtime(plan, settings.runtime.as_deref()) {
+        Ok(low_level) => low_level,
+        Err(reason) => return refuse(plan, &Refused(reason).into()),
+    };
+    let code = match runtime::run(&low_level, &plan.rest, env) {
+        Ok(code) => code,
+        Err(error) => return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display()))),
+    };
+    if let Err(error) = release_after_delete(plan, settings, code == 0) {
+        tracing::error!("after delete: {}", report::sentence(&error));
+    }
+    code
+}
+
+fn release_after_delete(plan: &Plan, settings: &Settings, deleted: bool) -> Result<()> {
+    let Some(id) = plan.id.as_ref().and_then(|id| id.to_str()) else { return Ok(()) };
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    let Some(lease) = engine.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
+    if !deleted && !engine.is_over(&lease) {
+        return Ok(());
+    }
+    match engine.release(&lease.token, Some(id), "its container was deleted")? {
+        Released::Busy { reason } => tracing::warn!(token = %lease.token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}"),
+        outcome => tracing::debug!(token = %lease.token, ?outcome, "delete"),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host;
+    use serde_json::json;
+
+    fn plan(line: &str) -> Plan {
+        first::plan(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_environment_counts_only_for_an_entry_that_says_so() {
+        let config = json!({"process": {"env": ["MIG_PROFILE=1g.10gb"]}});
+        let settings = Settings::default();
+        assert!(requested(&plan("create c1"), &settings, &config).unwrap().is_none());
+        assert!(requested(&plan("--mig-env create c1"), &settings, &config).unwrap().is_some());
+        let off = Settings { environment: false, ..settings };
+        assert!(requested(&plan("--mig-env create c1"), &off, &config).is_err());
+    }
+
+    #[test]
+    fn an_annotation_wins_over_the_environment() {
+        let config = json!({"annotations": {"mig.profile": "2g.20gb"}, "process": {"env": ["MIG_PROFILE=!!"]}});
+        let request = requested(&plan("--mig-env create c1"), &Settings::default(), &config).unwrap().unwrap();
+        assert_eq!(request.to_string(), "mig.profile=2g.20gb");
+    }
+
+    #[test]
+    fn an_id_that_is_no_plain_name_is_refused() {
+        for id in ["../c1", "a/b", ".."] {
+            let error = holder(&plan(&format!("create --bundle /b {id}")), &Settings::default(), &json!({})).unwrap_err();
+            assert!(error.to_string().contains("not a plain name"), "{error}");
+        }
+        assert_eq!(host::process(std::process::id()), holder(&plan("create -b /b c1"), &Settings::default(), &json!({})).unwrap().owner);
+    }
+}

@@ -1,0 +1,340 @@
+//! Records under a lock: one JSON file a holder, written by temporary file and rename. Layout in docs/state.md.
+//!
+//! Knows names and JSON, not what a lease is. Every write takes a [`Lock`], so an unlocked one does not compile.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The state directory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// Proof that this process holds the lock. Released on drop.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
+/// Why the store can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A file operation failed.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The lock was not had in time.
+    #[error("the lock {path} was not free within {waited:?}; it is held by {holder}")]
+    Busy {
+        /// The lock file.
+        path: String,
+        /// How long we waited.
+        waited: Duration,
+        /// pid and name of the process that has it.
+        holder: String,
+    },
+    /// The directory could be changed by others.
+    #[error("state directory {path} belongs to uid {uid} with mode {mode:04o}; it must be ours with mode 0700")]
+    Unsafe {
+        /// The directory.
+        path: String,
+        /// Its owner.
+        uid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A record that this version does not understand.
+    #[error("{path}: {reason}; it was written by another version of mig-hook or damaged: nothing was touched")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
+    move |source| StoreError::Io { what, path: path.display().to_string(), source }
+}
+
+impl Store {
+    /// Opens the directory, making it (0700) where it is missing.
+    pub fn open(dir: &Path) -> Result<Store, StoreError> {
+        for sub in ["", "leases", "index", "intents"] {
+            let path = dir.join(sub);
+            match DirBuilder::new().recursive(sub.is_empty()).mode(0o700).create(&path) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io_error("create", &path)(e)),
+                _ => {}
+            }
+        }
+        let meta = dir.metadata().map_err(io_error("read", dir))?;
+        if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+            let mode = meta.mode() & 0o7777;
+            return Err(StoreError::Unsafe { path: dir.display().to_string(), uid: meta.uid(), mode });
+        }
+        Ok(Store { dir: dir.to_owned() })
+    }
+
+    /// An existing directory, to read from. `None` where there is no state yet.
+    pub fn existing(dir: &Path) -> Option<Store> {
+        dir.join("leases").is_dir().then(|| Store { dir: dir.to_owned() })
+    }
+
+    /// Takes the lock, waiting at most `wait`.
+    pub fn lock(&self, wait: Duration) -> Result<Lock, StoreError> {
+        let path = self.dir.join("lock");
+        // Created once and never replaced: a renamed lock file would give each caller an inode of its own.
+        let open = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(&path).map_err(io_error("open", &path))
+        };
+        match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => return Ok(Lock { _file: file }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
+            Err((_, errno)) => return Err(io_error("lock", &path)(errno.into())),
+        }
+        // flock(2) has no timeout, and an alarm never fires under crun, which blocks every signal: so a thread waits. When
+        // we give up, it is left behind and ends with the process; should it get the lock after all, the send fails and
+        // the lock is dropped with the message.
+        let file = open()?;
+        let (sender, receiver) = mpsc::sync_channel(0);
+        std::thread::spawn(move || sender.send(Flock::lock(file, FlockArg::LockExclusive)));
+        match receiver.recv_timeout(wait) {
+            Ok(Ok(file)) => Ok(Lock { _file: file }),
+            Ok(Err((_, errno))) => Err(io_error("lock", &path)(errno.into())),
+            Err(_) => {
+                Err(StoreError::Busy { holder: holder_of(&path), path: path.display().to_string(), waited: wait })
+            }
+        }
+    }
+
+    /// Forgets everything if the boot is another one: slices do not outlive a boot, and /run is not a tmpfs everywhere.
+    pub fn begin_boot(&self, lock: &Lock, boot_id: &str) -> Result<(), StoreError> {
+        let path = self.dir.join("boot_id");
+        match fs::read_to_string(&path) {
+            Ok(kept) if kept.trim() == boot_id => return Ok(()),
+            Ok(_) => {
+                for sub in ["leases", "index", "intents"] {
+                    let dir = self.dir.join(sub);
+                    for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
+                        fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
+                    }
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error("read", &path)(e)),
+        }
+        self.write(lock, &path, format!("{boot_id}\n").as_bytes())
+    }
+
+    fn lease(&self, token: &str) -> PathBuf {
+        self.dir.join("leases").join(format!("{token}.json"))
+    }
+
+    /// Writes a record, replacing what is there in one step.
+    pub fn put<T: Serialize>(&self, lock: &Lock, token: &str, record: &T) -> Result<(), StoreError> {
+        let path = self.lease(token);
+        let mut text = serde_json::to_vec(record).map_err(|e| io_error("write", &path)(e.into()))?;
+        text.push(b'\n');
+        self.write(lock, &path, &text)
+    }
+
+    /// Every token that has a record, in name order.
+    pub fn tokens(&self) -> Result<Vec<String>, StoreError> {
+        let dir = self.dir.join("leases");
+        let entries = fs::read_dir(&dir).map_err(io_error("list", &dir))?;
+        let token = |e: fs::DirEntry| Some(e.file_name().to_str()?.strip_suffix(".json")?.to_owned());
+        let mut tokens: Vec<String> = entries.flatten().filter_map(token).collect();
+        tokens.sort();
+        Ok(tokens)
+    }
+
+    /// A record; `None` where there is none. One of an unknown version is an error, and stays.
+    pub fn get<T: DeserializeOwned>(&self, token: &str, version: u64) -> Result<Option<T>, StoreError> {
+        let path = self.lease(token);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(io_error("read", &path)(e)),
+        };
+        let unreadable = |reason| StoreError::Unreadable { path: path.display().to_string(), reason };
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| unreadable(e.to_string()))?;
+        match value.get("version").and_then(serde_json::Value::as_u64) {
+            Some(v) if v == version => {}
+            Some(v) => return Err(unreadable(format!("has version {v}, this mig-hook reads version {version}"))),
+            None => return Err(unreadable("has no version".into())),
+        }
+        serde_json::from_value(value).map(Some).map_err(|e| unreadable(e.to_string()))
+    }
+
+    /// Removes a record with its intent and every index entry that names it. What is not there is fine.
+    pub fn remove(&self, lock: &Lock, token: &str, index: Option<&str>) -> Result<(), StoreError> {
+        if let Some(name) = index.filter(|name| self.indexed(name).as_deref() == Some(token)) {
+            self.unlink(lock, &self.dir.join("index").join(name))?;
+        }
+        self.unlink(lock, &self.lease(token))?;
+        self.unlink(lock, &self.intent(token, "ready"))?;
+        self.unlink(lock, &self.intent(token, "released"))
+    }
+
+    /// Lets a container be found by its index name (`first::index_name`).
+    pub fn index(&self, lock: &Lock, name: &str, token: &str) -> Result<(), StoreError> {
+        self.write(lock, &self.dir.join("index").join(name), token.as_bytes())
+    }
+
+    /// The token of a container, by its index name.
+    pub fn indexed(&self, name: &str) -> Option<String> {
+        let token = fs::read_to_string(self.dir.join("index").join(name)).ok()?;
+        crate::first::plain_name(&token).then_some(token)
+    }
+
+    fn intent(&self, token: &str, state: &str) -> PathBuf {
+        self.dir.join("intents").join(format!("{token}.{state}"))
+    }
+
+    /// Makes an intent ready at acquire, so that announcing the end later needs neither space nor lock.
+    pub fn ready_intent(&self, _lock: &Lock, token: &str) -> Result<(), StoreError> {
+        let path = self.intent(token, "ready");
+        File::create(&path).map(drop).map_err(io_error("create", &path))
+    }
+
+    /// Announces, without the lock, that the holder of `token` has ended. False where nothing was ready for it.
+    pub fn announce(&self, token: &str) -> bool {
+        fs::rename(self.intent(token, "ready"), self.intent(token, "released")).is_ok()
+    }
+
+    /// Whether the end of that token's holder was announced.
+    pub fn announced(&self, token: &str) -> bool {
+        self.intent(token, "released").exists()
+    }
+
+    fn write(&self, _lock: &Lock, path: &Path, text: &[u8]) -> Result<(), StoreError> {
+        // One name is enough: writers hold the lock. What a killed one left is overwritten.
+        let temporary = self.dir.join(".write.tmp");
+        let write = || -> io::Result<()> {
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+            options.open(&temporary)?.write_all(text)?;
+            fs::rename(&temporary, path)
+        };
+        write().map_err(io_error("write", path))
+    }
+
+    fn unlink(&self, _lock: &Lock, path: &Path) -> Result<(), StoreError> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Who holds a flock: /proc/locks names it by inode (`N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`).
+fn holder_of(path: &Path) -> String {
+    let inode = path.metadata().map(|m| format!(":{}", m.ino())).unwrap_or_default();
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let held = locks.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
+    let pid = held.filter(|f| f.get(1) == Some(&"FLOCK")).find_map(|f| {
+        f.get(5).is_some_and(|id| id.ends_with(&inode)).then(|| f.get(4).map(|pid| (*pid).to_owned()))?
+    });
+    match pid {
+        Some(pid) => {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("process {pid} ({})", name.trim())
+        }
+        None => "a process that /proc/locks does not name".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn store() -> (tempfile::TempDir, Store, Lock) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        let lock = store.lock(Duration::ZERO).unwrap();
+        (dir, store, lock)
+    }
+
+    #[test]
+    fn a_record_comes_back_and_goes() {
+        let (_dir, store, lock) = store();
+        store.put(&lock, "t1", &json!({"version": 1, "x": 2})).unwrap();
+        store.index(&lock, "c1.00", "t1").unwrap();
+        assert_eq!(store.get::<Value>("t1", 1).unwrap().unwrap()["x"], 2);
+        assert_eq!(store.tokens().unwrap(), ["t1"]);
+        store.remove(&lock, "t1", Some("c1.00")).unwrap();
+        store.remove(&lock, "t1", Some("c1.00")).unwrap();
+        assert_eq!(store.get::<Value>("t1", 1).unwrap(), None);
+        assert_eq!(store.indexed("c1.00"), None);
+    }
+
+    #[test]
+    fn an_index_entry_of_another_lease_stays() {
+        let (_dir, store, lock) = store();
+        store.index(&lock, "c1.00", "new").unwrap();
+        store.remove(&lock, "old", Some("c1.00")).unwrap();
+        assert_eq!(store.indexed("c1.00").as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn an_unknown_version_is_an_error_that_says_so() {
+        let (_dir, store, lock) = store();
+        store.put(&lock, "t1", &json!({"version": 7})).unwrap();
+        let error = store.get::<Value>("t1", 1).unwrap_err().to_string();
+        assert!(error.contains("version 7") && error.contains("nothing was touched"), "{error}");
+    }
+
+    #[test]
+    fn another_boot_forgets_and_the_same_one_keeps() {
+        let (_dir, store, lock) = store();
+        store.begin_boot(&lock, "boot-a").unwrap();
+        store.put(&lock, "t1", &json!({"version": 1})).unwrap();
+        store.begin_boot(&lock, "boot-a").unwrap();
+        assert_eq!(store.tokens().unwrap().len(), 1);
+        store.begin_boot(&lock, "boot-b").unwrap();
+        assert!(store.tokens().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_held_lock_is_waited_for_and_its_holder_named() {
+        let (_dir, store, _lock) = store();
+        let error = store.lock(Duration::from_millis(20)).unwrap_err().to_string();
+        assert!(error.contains(&std::process::id().to_string()), "{error}");
+    }
+
+    #[test]
+    fn an_end_can_be_announced_without_the_lock() {
+        let (_dir, store, lock) = store();
+        assert!(!store.announce("t1"));
+        store.ready_intent(&lock, "t1").unwrap();
+        assert!(!store.announced("t1"));
+        assert!(store.announce("t1"));
+        assert!(store.announced("t1"));
+    }
+
+    #[test]
+    fn a_directory_that_others_can_enter_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        DirBuilder::new().mode(0o755).create(&path).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::Unsafe { .. })));
+    }
+}
