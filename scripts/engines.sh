@@ -19,7 +19,7 @@
 # Read by isolate: ENG_TMP, where the scratch directory goes; ENG_KEEP=1 keeps it.
 
 # shellcheck disable=SC2034  # some names are for those who source this
-ENG_IMAGE=localhost/busybox:mig
+ENG_IMAGE=localhost/busybox
 ENG_SELF=$(realpath "${BASH_SOURCE[0]}")
 
 eng_say() { printf 'engines: %s\n' "$*" >&2; }
@@ -147,6 +147,8 @@ eng_clean() {
     else
         eng_remove "$ENG_DIR"
     fi
+    # Whoever sourced this may have a last word.
+    if declare -F eng_after >/dev/null; then eng_after "$rc" || exit; fi
     exit "$rc"
 }
 

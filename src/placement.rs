@@ -1,4 +1,5 @@
-//! Where slices go: GPU inventories, leases and a request in, placements or the reason why not out. Pure and deterministic.
+//! Where slices go: GPU inventories, leases and a request in, placements or the reason why not out. Pure and
+//! deterministic.
 //!
 //! The default policy ([`Policy::Scc`], size-weighted capability) looks at what a placement takes away from later
 //! requests. For a GPU whose memory slices `mask` are occupied,
@@ -57,8 +58,8 @@ pub struct Window {
     pub placement: Placement,
 }
 
-/// One GPU as the allocator sees it. GPUs are given in PCI bus order; for an allow-list of profiles, with only those left
-/// in `device.profiles`.
+/// One GPU as the allocator sees it. GPUs are given in PCI bus order; for an allow-list of profiles, with only those
+/// left in `device.profiles`.
 #[derive(Debug, Clone)]
 pub struct Room<'a> {
     /// What it offers, and the instances that exist (foreign ones too: they are occupied room).
@@ -198,8 +199,8 @@ impl fmt::Display for Held {
     }
 }
 
-/// The profiles that serve each want on each GPU, or the refusal when there are none anywhere (or not on the GPU that was
-/// asked for).
+/// The profiles that serve each want on each GPU, or the refusal when there are none anywhere (or not on the GPU that
+/// was asked for).
 pub fn candidates<'a>(
     rooms: &[Room<'a>],
     wants: &[Want],
@@ -402,8 +403,8 @@ impl Board<'_> {
         self.plain.iter().filter(|window| *window & mask == 0).count() as u64
     }
 
-    /// The number of plain placements, no larger than this window, that lie in its way: on an eight-slice board the upper
-    /// half costs less than the lower.
+    /// The number of plain placements, no larger than this window, that lie in its way: on an eight-slice board the
+    /// upper half costs less than the lower.
     fn smaller_placements(&self, window: u32) -> u64 {
         let in_the_way = |other: &&u32| *other & window != 0 && other.count_ones() <= window.count_ones();
         self.plain.iter().filter(in_the_way).count() as u64
@@ -595,8 +596,8 @@ fn never_fits<'a>(boards: &[Board<'a>], wants: &[Candidates<'a>], in_order: &[&C
 }
 
 /// True when the wants and all running slices fit together, placed anew from the hardest down. A slice may move to any
-/// GPU with the same profiles; room that is only kept free stays where it is. Greedy, and still exact for plain profiles
-/// on boards of one model; with attributes or mixed models it may overlook a packing.
+/// GPU with the same profiles; room that is only kept free stays where it is. Greedy, and still exact for plain
+/// profiles on boards of one model; with attributes or mixed models it may overlook a packing.
 fn fits_repacked(boards: &[Board<'_>], windows: &[Vec<Window>], wants: &[Candidates<'_>]) -> bool {
     let mut items: Vec<Candidates<'_>> = wants.to_vec();
     let mut fixed = vec![State::default(); boards.len()];
@@ -643,8 +644,8 @@ fn smallest_for_one(boards: &[Board<'_>], fixed: &[State], windows: &[Vec<Window
     sets
 }
 
-/// The windows of one GPU, by number, that must end for a slice to fit at exactly `mask`: those in the way and, where the
-/// profile's limit is reached, as many more of that profile as needed. None when even that is not enough.
+/// The windows of one GPU, by number, that must end for a slice to fit at exactly `mask`: those in the way and, where
+/// the profile's limit is reached, as many more of that profile as needed. None when even that is not enough.
 fn blockers_of(fixed: &State, windows: &[Window], profile: &Profile, mask: u32) -> Option<Vec<usize>> {
     let allowed = fixed.allowance(profile);
     let of_this_profile = |n: &usize| is_limited(profile) && windows[*n].profile == Some(profile.id);

@@ -29,8 +29,9 @@ pub enum NameError {
     Form,
 }
 
-/// Checks that a text has the form of a GPU-instance profile name, in its canonical lower case: `1g.10gb`, `1g.10gb+me`,
-/// `1g.24gb+me.all`, `2g.48gb+gfx`, `1g.24gb-me`. Suffixes that do not exist yet are accepted: the driver decides.
+/// Checks that a text has the form of a GPU-instance profile name, in its canonical lower case: `1g.10gb`,
+/// `1g.10gb+me`, `1g.24gb+me.all`, `2g.48gb+gfx`, `1g.24gb-me`. Suffixes that do not exist yet are accepted: the
+/// driver decides.
 pub fn check_name(name: &str) -> Result<(), NameError> {
     if is_gpu_instance(name) {
         return Ok(());
@@ -45,7 +46,8 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
     if is_gpu_instance(&lower) { Err(NameError::Case { lower }) } else { Err(NameError::Form) }
 }
 
-/// True for a profile with an attribute (`+me`, `+me.all`, `+gfx`, `-me`): it is handed out only when asked for by name.
+/// True for a profile with an attribute (`+me`, `+me.all`, `+gfx`, `-me`): it is handed out only when asked for by
+/// name.
 pub fn has_attribute(name: &str) -> bool {
     name.contains(['+', '-'])
 }

@@ -220,9 +220,16 @@ fn to_socket(path: &Path, level: Level, line: &str) {
     }
 }
 
-/// The whole cause chain on one line.
+/// The whole cause chain on one line; a cause that the sentence before it quotes already is not said twice.
 pub fn sentence(error: &anyhow::Error) -> String {
-    format!("{error:#}").replace('\n', " ")
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            let joint = if text.is_empty() { "" } else { ": " };
+            text.extend([joint, &cause]);
+        }
+    }
+    text.replace('\n', " ")
 }
 
 /// Appends a runc-style error record to the runtime's `--log` file, the only place where docker and containerd look. The

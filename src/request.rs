@@ -7,8 +7,8 @@
 //! | `mig.gpu` | `MIG_GPU` | the parent GPU of all slices: index, `GPU-…` or PCI address; beside a profile or a memory size |
 //! | `mig.uuid` | `MIG_UUID` | existing slices, a list of `MIG-…`; alone |
 //!
-//! `|` binds weakest, then `,`, then the count. Spaces around the parts are ignored. In a pod, `mig.profile/NAME` is for
-//! the container of that name.
+//! `|` binds weakest, then `,`, then the count. Spaces around the parts are ignored. In a pod, `mig.profile/NAME` is
+//! for the container of that name.
 
 use std::fmt;
 

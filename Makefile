@@ -1,0 +1,70 @@
+# Everything a person or CI does with this tree. `make` alone lists it.
+
+PREFIX ?= /usr
+DESTDIR ?=
+
+BINDIR := $(PREFIX)/bin
+LIBEXECDIR := $(PREFIX)/libexec
+DATADIR := $(PREFIX)/share
+HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
+
+CARGO ?= cargo
+RUSTC ?= rustc
+DIST := target/dist
+# Where the first stages look for mig-engine when it does not lie beside them.
+export MIG_HOOK_LIBEXECDIR := $(LIBEXECDIR)/mig-hook
+# cargo from rustup, runc and dockerd: not in everybody's PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+.PHONY: help deps build demo test check bench install uninstall clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+deps: ## install what building and testing need and this machine lacks (Debian, Ubuntu; root)
+	@scripts/install-deps
+
+build: ## build as shipped, with the simulator, into target/dist
+	$(CARGO) build --release --locked --workspace --lib --bin mig-engine --bin migctl --bin nvml-sim
+	host=$$($(RUSTC) -vV | sed -n 's/^host: //p') && \
+	RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=pie' $(CARGO) build --release --locked \
+	    --no-default-features --bin mig-hook --bin mig-runtime --target "$$host" --target-dir target/first-stage && \
+	mkdir -p $(DIST) && \
+	cd target && install -m 755 "first-stage/$$host/release/mig-hook" "first-stage/$$host/release/mig-runtime" \
+	    release/mig-engine release/migctl release/nvml-sim release/libnvidia_ml.so dist/
+
+demo: ## real containers on a simulated machine, step by step (root; installs what is missing, touches nothing else)
+	@scripts/demo
+
+test: deps build ## everything: unit tests, binaries on the simulator, real runc, podman and docker containers
+	@scripts/test
+
+check: ## formatting, clippy, documentation, shell scripts
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
+	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/test .ci/run
+
+bench: build ## what a slice costs, beside a plain container
+	@scripts/bench
+
+install: ## into $(DESTDIR)$(PREFIX); after make build
+	install -D -m 755 $(DIST)/migctl $(DESTDIR)$(BINDIR)/migctl
+	install -D -m 755 $(DIST)/mig-runtime $(DESTDIR)$(BINDIR)/mig-runtime
+	install -D -m 755 $(DIST)/mig-engine $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine
+	install -D -m 755 $(DIST)/mig-hook $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
+	install -d -m 755 $(DESTDIR)$(HOOKSDIR)
+	for hook in hooks/*.json.in; do \
+	    target=$(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); \
+	    sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' "$$hook" >"$$target" && chmod 644 "$$target" || exit 1; \
+	done
+
+uninstall: ## take that away again; settings and state stay
+	rm -f $(DESTDIR)$(BINDIR)/migctl $(DESTDIR)$(BINDIR)/mig-runtime
+	rm -f $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
+	for hook in hooks/*.json.in; do rm -f $(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); done
+	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
+	    $(DESTDIR)$(DATADIR)/mig-hook
+
+clean: ## remove what was built
+	$(CARGO) clean

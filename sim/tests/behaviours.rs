@@ -1,0 +1,474 @@
+//! The behaviours that a client may rely on, through the C ABI of a machine's own copy of the library.
+
+#![cfg(not(feature = "old-driver"))]
+#![allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
+
+mod common;
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, Output, Stdio};
+use std::ptr::{null, null_mut};
+use std::time::{Duration, Instant};
+
+use common::*;
+use nvml_wrapper_sys::bindings::*;
+
+const A100: &str = "a100-sxm4-80gb";
+const H100: &str = "h100-sxm-80gb";
+
+/// A process of its own: this test binary again, running `child` below.
+fn child(sim: &Sim, job: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "child_process", "--ignored", "--nocapture", "--test-threads=1"]);
+    command.env("SIM_LIBRARY", sim.library()).env("SIM_JOB", job);
+    command
+}
+
+fn run_child(sim: &Sim, job: &str) -> Output {
+    child(sim, job).output().unwrap()
+}
+
+fn assert_ran(output: &Output) {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+#[ignore = "what the child processes of the other tests run"]
+fn child_process() {
+    let lib = Lib::load(std::env::var_os("SIM_LIBRARY").unwrap().as_ref());
+    assert_eq!(call!(lib, nvmlInit_v2()), SUCCESS);
+    let gpu = lib.gpu(0);
+    match std::env::var("SIM_JOB").unwrap().as_str() {
+        "create" => {
+            let gi = lib.create_gi(gpu, 19).unwrap();
+            lib.create_ci(gi, 0).unwrap();
+        }
+        "churn" => {
+            for _ in 0..25 {
+                let Ok(gi) = lib.create_gi(gpu, 19) else { continue };
+                let ci = lib.create_ci(gi, 0).unwrap();
+                assert_eq!(lib.destroy_ci(ci), SUCCESS);
+                assert_eq!(lib.destroy_gi(gi), SUCCESS);
+            }
+        }
+        "slow" => {
+            lib.create_gi(gpu, 19).unwrap();
+        }
+        "nobody" => {
+            assert_eq!(lib.create_gi(gpu, 19), Err(NO_PERMISSION));
+            assert_eq!(lib.place_gi(gpu, 19, 0, 1), Err(NO_PERMISSION));
+            assert_eq!(lib.gi_by_id(gpu, 13), Err(NO_PERMISSION));
+            assert_eq!(lib.set_mode(gpu, 0), Err(NO_PERMISSION));
+            let mut count = 0;
+            let mut room = [null_mut(); 7];
+            assert_eq!(call!(lib, nvmlDeviceGetGpuInstances(gpu, 19, room.as_mut_ptr(), &mut count)), NO_PERMISSION);
+            assert_eq!(
+                call!(lib, nvmlDeviceGetGpuInstancePossiblePlacements_v2(gpu, 19, null_mut(), &mut count)),
+                NO_PERMISSION
+            );
+            assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceRemainingCapacity(gpu, 19, &mut count)), NO_PERMISSION);
+            assert_eq!(lib.mode(gpu), (1, 1));
+            let mig = lib.mig(gpu, 0).unwrap();
+            assert!(lib.uuid(mig).unwrap().starts_with("MIG-"));
+            let mut info: nvmlGpuInstanceProfileInfo_t = zeroed();
+            assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfo(gpu, 0, &mut info)), SUCCESS);
+        }
+        "chdir" => {
+            std::env::set_current_dir("/").unwrap();
+            lib.create_gi(gpu, 19).unwrap();
+        }
+        job => panic!("no job {job}"),
+    }
+    assert_eq!(call!(lib, nvmlShutdown()), SUCCESS);
+}
+
+#[test]
+fn the_state_is_shared_by_all_processes() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    assert_eq!(lib.migs(lib.gpu(0)), []);
+    assert_ran(&run_child(&sim, "create"));
+    assert_eq!(lib.migs(lib.gpu(0)), [(13, 0)]);
+    sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    assert_eq!(lib.migs(lib.gpu(0)), [(11, 0), (13, 0)]);
+}
+
+#[test]
+fn racing_processes_leave_no_trace() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let children: Vec<_> =
+        (0..6).map(|_| child(&sim, "churn").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()).collect();
+    for child in children {
+        assert_ran(&child.wait_with_output().unwrap());
+    }
+    assert_eq!(sim.gis(0), [0; 0]);
+    assert_eq!(fs::read_dir(sim.proc("nvidia/capabilities/gpu0/mig")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_killed_client_leaves_the_state_whole() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let call = "nvmlDeviceCreateGpuInstance";
+    sim.cli("fault", &["--call", call, "--kill", "before"]);
+    assert_eq!(run_child(&sim, "create").status.signal(), Some(9));
+    assert_eq!(sim.gis(0), [0; 0]);
+    sim.cli("fault", &["--call", call, "--kill", "after"]);
+    assert_eq!(run_child(&sim, "create").status.signal(), Some(9));
+    assert_eq!(sim.gis(0), [13]);
+    assert!(sim.client().mig(sim.client().gpu(0), 0).is_err(), "there is no compute instance yet");
+    let faults = sim.json("faults");
+    for fault in [0, 1] {
+        assert_eq!(faults["faults"][fault]["fired"], 1);
+        assert_eq!(faults["faults"][fault]["armed"], false);
+    }
+    assert_ran(&run_child(&sim, "create"));
+    assert_eq!(sim.gis(0), [11, 13]);
+}
+
+#[test]
+fn only_root_cuts_but_all_may_look() {
+    need_root!();
+    let sim = Sim::one(A100);
+    sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    assert_ran(&child(&sim, "nobody").uid(65534).gid(65534).output().unwrap());
+    sim.cli("count", &["on"]);
+    assert_ran(&child(&sim, "nobody").uid(65534).gid(65534).output().unwrap());
+    assert_eq!(sim.json("counts")["nvmlDeviceSetMigMode"], 1, "calls of unprivileged clients count too");
+}
+
+#[test]
+fn the_library_needs_init_and_counts_its_users() {
+    let sim = Sim::one(A100);
+    let lib = sim.load();
+    let mut count = 0;
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), UNINITIALIZED);
+    assert_eq!(call!(lib, nvmlShutdown()), UNINITIALIZED);
+    assert_eq!(call!(lib, nvmlInit_v2()), SUCCESS);
+    assert_eq!(call!(lib, nvmlInitWithFlags(1)), SUCCESS);
+    assert_eq!(call!(lib, nvmlShutdown()), SUCCESS);
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), SUCCESS);
+    assert_eq!(count, 1);
+    assert_eq!(call!(lib, nvmlShutdown()), SUCCESS);
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), UNINITIALIZED);
+    assert_eq!(call!(lib, nvmlShutdown()), UNINITIALIZED);
+    // SAFETY: the text is a constant of the library.
+    let text = unsafe { CStr::from_ptr(call!(lib, nvmlErrorString(19))) };
+    assert_eq!(text, c"In use by another client");
+}
+
+#[test]
+fn a_library_without_a_machine_has_no_driver() {
+    let sim = Sim::one(A100);
+    let bare = sim.dir().join("bare.so");
+    fs::copy(sim.library(), &bare).unwrap();
+    assert_eq!(call!(Lib::load(&bare), nvmlInit_v2()), 9);
+}
+
+#[test]
+fn bad_arguments_are_refused_without_effect() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let mut device = null_mut();
+    assert_eq!(call!(lib, nvmlDeviceGetHandleByIndex_v2(1, &mut device)), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlDeviceGetHandleByIndex_v2(0, null_mut())), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(null_mut())), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlDeviceCreateGpuInstance(gpu, 19, null_mut())), INVALID_ARGUMENT);
+    let mut gi = null_mut();
+    assert_eq!(call!(lib, nvmlDeviceCreateGpuInstanceWithPlacement(gpu, 19, null(), &mut gi)), INVALID_ARGUMENT);
+    assert_eq!(sim.gis(0), [0; 0]);
+    assert_eq!(lib.uuid(null_mut()), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.gi_info(gpu.cast()).map(|info| info.id), Err(INVALID_ARGUMENT));
+    let mut short = [0; 8];
+    assert_eq!(call!(lib, nvmlDeviceGetUUID(gpu, short.as_mut_ptr(), 8)), INSUFFICIENT_SIZE);
+    let mut v1: nvmlGpuInstanceProfileInfo_t = zeroed();
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfo(gpu, 99, &mut v1)), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfo(gpu, 6, &mut v1)), NOT_SUPPORTED);
+    let mut v2: nvmlGpuInstanceProfileInfo_v2_t = zeroed();
+    for version in [0, 0x0100_0098, 0x0200_0090, 0x0400_0098] {
+        v2.version = version;
+        assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfoV(gpu, 0, &mut v2)), INVALID_ARGUMENT);
+    }
+    assert_eq!(lib.by_uuid("GPU-00000000-0000-0000-0000-000000000000"), Err(NOT_FOUND));
+    assert_eq!(lib.by_uuid("rubbish"), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.create_gi(gpu, 3).err(), Some(INVALID_ARGUMENT));
+    let mut number = 0;
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceId(gpu, &mut number)), NOT_SUPPORTED);
+    assert_eq!(lib.gi_by_id(gpu, 13), Err(NOT_FOUND));
+}
+
+#[test]
+fn stale_handles_are_refused_even_when_the_id_is_back() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gi = lib.create_gi(lib.gpu(0), 19).unwrap();
+    let ci = lib.create_ci(gi, 0).unwrap();
+    let mig = lib.ci_info(ci).unwrap().device;
+    assert_eq!((lib.destroy_ci(ci), lib.destroy_gi(gi)), (SUCCESS, SUCCESS));
+    let again = lib.create_gi(lib.gpu(0), 19).unwrap();
+    assert_eq!(lib.gi_info(again).unwrap().id, 13);
+    assert_eq!(lib.gi_info(gi).map(|info| info.id), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.uuid(mig), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.destroy_gi(gi), INVALID_ARGUMENT);
+    assert_eq!(lib.destroy_ci(ci), INVALID_ARGUMENT);
+    assert_eq!(lib.create_ci(gi, 0), Err(INVALID_ARGUMENT));
+}
+
+#[test]
+fn every_layout_of_the_profile_structs_is_filled() {
+    need_root!();
+    let sim = Sim::one(H100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let mut v1: nvmlGpuInstanceProfileInfo_t = zeroed();
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfo(gpu, 9, &mut v1)), SUCCESS);
+    assert_eq!((v1.id, v1.instanceCount, v1.multiprocessorCount, v1.memorySizeMB), (15, 4, 26, 20096));
+    let mut v2: nvmlGpuInstanceProfileInfo_v2_t = zeroed();
+    v2.version = 0x0200_0098;
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfoV(gpu, 9, &mut v2)), SUCCESS);
+    assert_eq!((v2.id, v2.sliceCount, v2.memorySizeMB, string(&v2.name)), (15, 1, 20096, "MIG 1g.20gb".into()));
+    let mut v3: nvmlGpuInstanceProfileInfo_v3_t = zeroed();
+    v3.version = 0x0300_0098;
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfoV(gpu, 9, (&raw mut v3).cast())), SUCCESS);
+    assert_eq!((v3.id, v3.sliceCount, v3.memorySizeMB, string(&v3.name)), (15, 1, 20096, "MIG 1g.20gb".into()));
+    v2.version = 0x0200_0098;
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceProfileInfoByIdV(gpu, 9, &mut v2)), SUCCESS);
+    assert_eq!(string(&v2.name), "MIG 3g.40gb");
+
+    let gi = lib.create_gi(gpu, 15).unwrap();
+    let mut v1: nvmlComputeInstanceProfileInfo_t = zeroed();
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfo(gi, 0, 0, &mut v1)), NOT_SUPPORTED);
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfo(gi, 7, 1, &mut v1)), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfo(gi, 9, 0, &mut v1)), INVALID_ARGUMENT);
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfo(gi, 7, 0, &mut v1)), SUCCESS);
+    assert_eq!((v1.id, v1.sliceCount, v1.multiprocessorCount, v1.sharedJpegCount), (7, 1, 26, 1));
+    let mut v2: nvmlComputeInstanceProfileInfo_v2_t = zeroed();
+    v2.version = 0x0200_0088;
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfoV(gi, 7, 0, &mut v2)), SUCCESS);
+    assert_eq!((v2.id, string(&v2.name)), (7, "MIG 1g.20gb".into()));
+    let mut v3: nvmlComputeInstanceProfileInfo_v3_t = zeroed();
+    v3.version = 0x0300_008c;
+    let at = (&raw mut v3).cast();
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceProfileInfoV(gi, 7, 0, at)), SUCCESS);
+    assert_eq!((v3.id, string(&v3.name)), (7, "MIG 1g.20gb".into()));
+}
+
+#[test]
+fn a_handle_is_found_by_a_versioned_uuid() {
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let uuid = lib.uuid(lib.gpu(0)).unwrap();
+    let find = |kind: u32, value: &[u8]| {
+        let mut bytes = [0_u8; 52];
+        bytes[..4].copy_from_slice(&0x0100_0034_u32.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&kind.to_ne_bytes());
+        bytes[8..8 + value.len()].copy_from_slice(value);
+        let mut device = null_mut();
+        let code = call!(lib, nvmlDeviceGetHandleByUUIDV(bytes.as_ptr().cast(), &mut device));
+        (code, device)
+    };
+    assert_eq!(find(1, uuid.as_bytes()), (SUCCESS, lib.gpu(0)));
+    let hex = uuid.replace("GPU-", "").replace('-', "");
+    let binary: Vec<u8> = (0..32).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
+    assert_eq!(find(2, &binary), (SUCCESS, lib.gpu(0)));
+    assert_eq!(find(3, &binary).0, INVALID_ARGUMENT);
+}
+
+#[test]
+fn default_placement_follows_the_captures_on_both_maps() {
+    need_root!();
+    for (map, wanted) in
+        [("canonical", [13, 11, 12, 7, 8, 9, 10]), ("mirrored", [9, 7, 8, 11, 12, 13, 14])]
+    {
+        let sim = Sim::new(&["--gpu", A100, "--gi-map", map]);
+        let lib = sim.client();
+        let made: Vec<u32> =
+            (0..7).map(|_| lib.gi_info(lib.create_gi(lib.gpu(0), 19).unwrap()).unwrap().id).collect();
+        assert_eq!(made, wanted);
+        assert_eq!(lib.create_gi(lib.gpu(0), 19), Err(INSUFFICIENT_RESOURCES));
+    }
+}
+
+#[test]
+fn capacity_and_placements_are_told() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    lib.place_gi(gpu, 5, 0, 4).unwrap();
+    let left = [19, 20, 15, 14, 9, 5, 0].map(|profile| {
+        let mut count = 99;
+        assert_eq!(call!(lib, nvmlDeviceGetGpuInstanceRemainingCapacity(gpu, profile, &mut count)), SUCCESS);
+        count
+    });
+    assert_eq!(left, [3, 1, 2, 1, 1, 0, 0]);
+    let (mut count, mut room) = (0, [nvmlGpuInstancePlacement_t { start: 9, size: 9 }; 7]);
+    let placements = room.as_mut_ptr();
+    assert_eq!(call!(lib, nvmlDeviceGetGpuInstancePossiblePlacements_v2(gpu, 14, placements, &mut count)), SUCCESS);
+    let spans: Vec<_> = room[..count as usize].iter().map(|place| (place.start, place.size)).collect();
+    assert_eq!(spans, [(0, 2), (2, 2), (4, 2)]);
+}
+
+#[test]
+fn mig_devices_come_with_compute_instances_and_their_index_shifts() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let small = lib.create_gi(gpu, 19).unwrap();
+    assert_eq!(lib.mig(gpu, 0), Err(NOT_FOUND));
+    assert_eq!(lib.mig(gpu, 7), Err(INVALID_ARGUMENT));
+    lib.create_ci(small, 0).unwrap();
+    let large = lib.place_gi(gpu, 9, 0, 4).unwrap();
+    let (first, second) = (lib.create_ci(large, 0).unwrap(), lib.create_ci(large, 0).unwrap());
+    assert_eq!(lib.migs(gpu), [(1, 0), (1, 1), (13, 0)]);
+    let mut index = 9;
+    assert_eq!(call!(lib, nvmlDeviceGetIndex(lib.ci_info(second).unwrap().device, &mut index)), SUCCESS);
+    assert_eq!(index, 1);
+    assert_eq!(lib.name(lib.ci_info(second).unwrap().device).unwrap(), "NVIDIA A100-SXM4-80GB MIG 1c.3g.40gb");
+    assert_eq!(lib.destroy_ci(first), SUCCESS);
+    assert_eq!(lib.migs(gpu), [(1, 1), (13, 0)]);
+    lib.create_ci(large, 0).unwrap();
+    assert_eq!(lib.migs(gpu), [(1, 0), (1, 1), (13, 0)], "the lowest free id is taken");
+    let (mut count, mut room) = (0, [null_mut(); 3]);
+    let found = room.as_mut_ptr();
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstances(large, 0, found, &mut count)), SUCCESS);
+    assert_eq!(count, 2);
+    assert_eq!(call!(lib, nvmlGpuInstanceGetComputeInstanceRemainingCapacity(large, 0, &mut count)), SUCCESS);
+    assert_eq!(count, 1);
+    assert_eq!(lib.create_ci(large, 1), Err(INSUFFICIENT_RESOURCES));
+}
+
+#[test]
+fn a_uuid_depends_on_the_position_alone() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let cut = || {
+        let gi = lib.create_gi(lib.gpu(0), 19).unwrap();
+        let ci = lib.create_ci(gi, 0).unwrap();
+        let uuid = lib.uuid(lib.ci_info(ci).unwrap().device).unwrap();
+        (gi, ci, uuid)
+    };
+    let (gi, ci, first) = cut();
+    assert_eq!((first.len(), &first[..4], &first[18..19]), (40, "MIG-", "5"));
+    assert_eq!(lib.uuid(lib.by_uuid(&first).unwrap()), Ok(first.clone()));
+    let old = format!("MIG-{}/13/0", lib.uuid(lib.gpu(0)).unwrap());
+    assert_eq!(lib.uuid(lib.by_uuid(&old).unwrap()), Ok(first.clone()));
+    let (_, _, other) = cut();
+    assert_ne!(first, other);
+    lib.destroy_ci(ci);
+    lib.destroy_gi(gi);
+    assert_eq!(lib.by_uuid(&first), Err(NOT_FOUND));
+    assert_eq!(cut().2, first);
+    let old = Sim::new(&["--gpu", A100, "--uuid-format", "old"]);
+    old.cli("make", &["--gpu", "0", "--profile", "19"]);
+    let lib = old.client();
+    let uuid = lib.uuid(lib.mig(lib.gpu(0), 0).unwrap()).unwrap();
+    assert!(uuid.starts_with("MIG-GPU-") && uuid.ends_with("/13/0"), "{uuid}");
+}
+
+#[test]
+fn ampere_switches_at_a_reset_and_hopper_at_once() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", A100, "--gpu", H100, "--mig", "off"]);
+    let lib = sim.client();
+    let (a100, h100) = (lib.gpu(0), lib.gpu(1));
+    let mut most = 9;
+    assert_eq!(call!(lib, nvmlDeviceGetMaxMigDeviceCount(a100, &mut most)), SUCCESS);
+    assert_eq!(most, 0);
+    assert_eq!(lib.create_gi(a100, 19), Err(NOT_SUPPORTED));
+    assert_eq!(lib.set_mode(a100, 2), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.set_mode(a100, 1), Ok(RESET_REQUIRED));
+    assert_eq!(lib.mode(a100), (0, 1));
+    assert_eq!(lib.create_gi(a100, 19), Err(NOT_SUPPORTED));
+    sim.cli("reset", &["--gpu", "0"]);
+    assert_eq!(lib.mode(a100), (1, 1));
+    lib.create_gi(a100, 19).unwrap();
+    assert_eq!(lib.set_mode(a100, 0), Ok(IN_USE));
+    assert_eq!(lib.mode(a100), (1, 0));
+    assert_eq!(lib.set_mode(a100, 1), Ok(SUCCESS));
+
+    assert_eq!(lib.set_mode(h100, 1), Ok(SUCCESS));
+    let gi = lib.create_gi(h100, 19).unwrap();
+    assert_eq!(lib.set_mode(h100, 0), Ok(IN_USE));
+    assert_eq!(lib.mode(h100), (1, 1));
+    assert_eq!(lib.destroy_gi(gi), SUCCESS);
+    sim.cli("reboot", &[]);
+    assert_eq!((lib.mode(a100), lib.mode(h100)), ((1, 1), (0, 0)));
+    assert_eq!(sim.gis(0), [0; 0]);
+    let auto = Sim::new(&["--gpu", A100, "--mig", "off", "--ampere-reset", "auto"]);
+    let lib = auto.client();
+    auto.cli("hold", &["--gpu", "0"]);
+    assert_eq!(lib.set_mode(lib.gpu(0), 1), Ok(IN_USE));
+    auto.cli("unhold", &["--gpu", "0"]);
+    assert_eq!(lib.set_mode(lib.gpu(0), 1), Ok(SUCCESS));
+    assert_eq!(lib.mode(lib.gpu(0)), (1, 1));
+}
+
+#[test]
+fn a_held_instance_is_in_use_whether_or_not_a_process_is_listed() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let gi = lib.create_gi(gpu, 19).unwrap();
+    let ci = lib.create_ci(gi, 0).unwrap();
+    let mig = lib.ci_info(ci).unwrap().device;
+    assert_eq!(lib.destroy_gi(gi), IN_USE);
+    sim.cli("hold", &["--gpu", "0", "--gi", "13"]);
+    assert_eq!(lib.processes(gpu), Ok(vec![]));
+    assert_eq!(lib.destroy_ci(ci), IN_USE);
+    sim.cli("unhold", &["--gpu", "0", "--gi", "13"]);
+    sim.cli("hold", &["--gpu", "0", "--gi", "13", "--pid", "4242"]);
+    sim.cli("hold", &["--gpu", "0", "--pid", "17"]);
+    assert_eq!(lib.processes(gpu), Ok(vec![(4242, 13, 0), (17, u32::MAX, u32::MAX)]));
+    assert_eq!(lib.processes(mig), Ok(vec![(4242, 13, 0)]));
+    let mut count = 0;
+    let nowhere = null_mut();
+    assert_eq!(call!(lib, nvmlDeviceGetComputeRunningProcesses_v3(gpu, &mut count, nowhere)), INSUFFICIENT_SIZE);
+    assert_eq!(count, 2);
+    assert_eq!(lib.destroy_ci(ci), IN_USE);
+    sim.cli("unhold", &["--gpu", "0", "--gi", "13"]);
+    assert_eq!((lib.destroy_ci(ci), lib.destroy_gi(gi)), (SUCCESS, SUCCESS));
+    assert_eq!(lib.create_gi(gpu, 19), Err(IN_USE), "the first instance needs an idle GPU");
+    sim.cli("unhold", &["--gpu", "0"]);
+    lib.create_gi(gpu, 19).unwrap();
+    assert!(!sim.try_cli("hold", &["--gpu", "0", "--gi", "7"]).status.success());
+}
+
+#[test]
+fn a_fault_fails_the_calls_it_was_told_to() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gi = lib.create_gi(lib.gpu(0), 19).unwrap();
+    let ci = lib.create_ci(gi, 0).unwrap();
+    sim.cli("fault", &["--call", "nvmlGpuInstanceDestroy", "--nth", "1", "--times", "3", "--fail", "IN_USE"]);
+    assert_eq!(lib.destroy_ci(ci), SUCCESS);
+    let seen: Vec<u32> = (0..4).map(|_| lib.destroy_gi(gi)).collect();
+    assert_eq!(seen, [IN_USE, IN_USE, IN_USE, SUCCESS]);
+    let fault = &sim.json("faults")["faults"][0];
+    assert_eq!((&fault["counted"], &fault["fired"], &fault["armed"]), (&3.into(), &3.into(), &false.into()));
+    sim.cli("clear-faults", &[]);
+    sim.cli("fault", &["--call", "*", "--nth", "2", "--times", "forever", "--fail", "15"]);
+    assert_eq!(lib.mode(lib.gpu(0)).0, 9.min(lib_mode_or(&lib)));
+    sim.cli("clear-faults", &[]);
+    assert_eq!(lib.mode(lib.gpu(0)), (1, 1));
+    for bad in [&["--call", "nvmlNoSuchCall", "--fail", "19"][..], &["--call", "*", "--fail", "77"], &["--call", "*"]] {
+        assert!(!sim.try_cli("fault", bad).status.success(), "{bad:?}");
+    }
+}
+
+/// Nine, the value the caller left, once the lost GPU has answered.
+fn lib_mode_or(_lib: &Lib) -> u32 {
+    9
+}
