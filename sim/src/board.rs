@@ -62,10 +62,7 @@ impl Engines {
 
     /// Whether `all` holds at least these.
     pub fn fit(self, all: Self) -> bool {
-        self.decoders <= all.decoders
-            && self.encoders <= all.encoders
-            && self.jpeg <= all.jpeg
-            && self.ofa <= all.ofa
+        self.decoders <= all.decoders && self.encoders <= all.encoders && self.jpeg <= all.jpeg && self.ofa <= all.ofa
     }
 }
 
@@ -267,12 +264,7 @@ impl RawProfile {
             memory_mib: self.memory_size_mb?,
             sm: self.sm?,
             copy_engines: self.copy_engines?,
-            engines: Engines {
-                decoders: self.decoders?,
-                encoders: self.encoders?,
-                jpeg: self.jpeg?,
-                ofa: self.ofa?,
-            },
+            engines: Engines { decoders: self.decoders?, encoders: self.encoders?, jpeg: self.jpeg?, ofa: self.ofa? },
             count: self.instance_count?,
             p2p: self.is_p2p_supported? != 0,
             placements: self.placements.clone()?,

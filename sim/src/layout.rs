@@ -120,13 +120,34 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
 }
 
 fn cuda_version(driver: &str) -> Result<i32> {
-    let major: u32 = driver.split('.').next().unwrap_or_default().parse().with_context(|| {
-        format!("`{driver}` is no driver version; write it like 580.95.05")
-    })?;
+    let major: u32 = driver
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .parse()
+        .with_context(|| format!("`{driver}` is no driver version; write it like 580.95.05"))?;
     let newest = [
-        (450, 11000), (455, 11010), (460, 11020), (465, 11030), (470, 11040), (495, 11050), (510, 11060), (515, 11070),
-        (520, 11080), (525, 12000), (530, 12010), (535, 12020), (545, 12030), (550, 12040), (555, 12050), (560, 12060),
-        (565, 12070), (570, 12080), (575, 12090), (580, 13000), (590, 13010),
+        (450, 11000),
+        (455, 11010),
+        (460, 11020),
+        (465, 11030),
+        (470, 11040),
+        (495, 11050),
+        (510, 11060),
+        (515, 11070),
+        (520, 11080),
+        (525, 12000),
+        (530, 12010),
+        (535, 12020),
+        (545, 12030),
+        (550, 12040),
+        (555, 12050),
+        (560, 12060),
+        (565, 12070),
+        (570, 12080),
+        (575, 12090),
+        (580, 13000),
+        (590, 13010),
     ];
     let found = newest.iter().rev().find(|(from, _)| *from <= major);
     found.map(|(_, cuda)| *cuda).with_context(|| format!("driver {driver} knows no MIG; use 450 or later"))
@@ -150,7 +171,8 @@ fn is_nvidia(name: &str) -> bool {
 /// node of this machine opens nothing.
 fn majors(real: &str) -> Result<Majors> {
     let used = characters(real);
-    let mut free = (234..=254).rev().chain((384..=511).rev()).filter(|major| used.iter().all(|(taken, _)| taken != major));
+    let mut free =
+        (234..=254).rev().chain((384..=511).rev()).filter(|major| used.iter().all(|(taken, _)| taken != major));
     let mut next = || free.next().context("no unused dynamic major is left in /proc/devices");
     Ok(Majors { nvidia: 195, nvlink: next()?, caps: next()?, uvm: next()? })
 }
@@ -238,7 +260,9 @@ fn nodes(dir: &Path, config: &Config, real: &str) -> Result<Vec<String>> {
     let dev = dir.join("dev");
     fs::create_dir(&dev).with_context(|| format!("creating {}", dev.display()))?;
     if characters(real).iter().any(|(_, name)| is_nvidia(name)) {
-        return Ok(vec!["This host has an NVIDIA driver: no device nodes made, since they would reach real GPUs.".into()]);
+        return Ok(vec![
+            "This host has an NVIDIA driver: no device nodes made, since they would reach real GPUs.".into(),
+        ]);
     }
     let majors = config.majors;
     let mut wanted = vec![

@@ -83,7 +83,10 @@ impl Report {
             lines.push(format!("GPU {} (minor {}): {} {}: {mode}", gpu.index, gpu.minor, gpu.name, gpu.uuid));
             for gi in &gpu.gpu_instances {
                 let held = if gi.held { ", held" } else { "" };
-                lines.push(format!("  gi{}: {} at {}, nvidia-cap{}{held}", gi.id, gi.profile, gi.placement, gi.cap_minor));
+                lines.push(format!(
+                    "  gi{}: {} at {}, nvidia-cap{}{held}",
+                    gi.id, gi.profile, gi.placement, gi.cap_minor
+                ));
                 for ci in &gi.compute_instances {
                     lines.push(format!("    ci{}: {}, nvidia-cap{}, {}", ci.id, ci.profile, ci.cap_minor, ci.uuid));
                 }

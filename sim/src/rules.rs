@@ -154,14 +154,7 @@ pub fn ci_capacity(owner: &GiProfile, gi: &Gi, profile: &CiProfile) -> u32 {
 }
 
 /// Creates a compute instance and returns its id.
-pub fn create_ci(
-    config: &Config,
-    state: &mut State,
-    index: usize,
-    gi: u32,
-    id: u32,
-    at: Option<Span>,
-) -> Outcome<u32> {
+pub fn create_ci(config: &Config, state: &mut State, index: usize, gi: u32, id: u32, at: Option<Span>) -> Outcome<u32> {
     let (_, board) = gpu_config(config, index)?;
     let gpu = state.gpus.get_mut(index).ok_or(Code::INVALID_ARGUMENT)?;
     let gi = gpu.gis.iter_mut().find(|known| known.id == gi).ok_or(Code::INVALID_ARGUMENT)?;
@@ -272,11 +265,8 @@ mod tests {
             boards: vec![board(key)],
             gpus: vec![GpuConfig { board: 0, uuid: "GPU-x".into(), minor: 0, bus: 7, serial: "1".into(), id_map }],
         };
-        let state = State {
-            births: 0,
-            gpus: vec![Gpu { current: true, pending: true, gis: Vec::new() }],
-            holds: Vec::new(),
-        };
+        let state =
+            State { births: 0, gpus: vec![Gpu { current: true, pending: true, gis: Vec::new() }], holds: Vec::new() };
         (config, state)
     }
 

@@ -129,8 +129,11 @@ fn old_mig_uuid(parent: &str, gi: u32, ci: u32) -> String {
 
 /// A UUID of RFC 4122 version-5 shape over `text`.
 pub fn uuid5(text: &str) -> String {
-    let mut hex: Vec<char> =
-        Sha1::digest(text.as_bytes()).iter().take(16).flat_map(|b| format!("{b:02x}").chars().collect::<Vec<_>>()).collect();
+    let mut hex: Vec<char> = Sha1::digest(text.as_bytes())
+        .iter()
+        .take(16)
+        .flat_map(|b| format!("{b:02x}").chars().collect::<Vec<_>>())
+        .collect();
     hex[12] = '5';
     hex[16] = ['8', '9', 'a', 'b'][hex[16].to_digit(16).unwrap_or(0) as usize & 3];
     let part = |from: usize, to: usize| hex[from..to].iter().collect::<String>();

@@ -278,11 +278,7 @@ impl Machine {
 
     /// How often each call of `names` was made while counting was on.
     pub fn counts(&self, names: &[&'static str]) -> Result<Vec<(&'static str, u64)>, Error> {
-        names
-            .iter()
-            .enumerate()
-            .map(|(place, name)| Ok((*name, self.count(place)?)))
-            .collect()
+        names.iter().enumerate().map(|(place, name)| Ok((*name, self.count(place)?))).collect()
     }
 
     fn count(&self, place: usize) -> Result<u64, Error> {

@@ -17,11 +17,8 @@ pub fn sync(root: &Path, config: &Config, state: &State) -> io::Result<()> {
         let gis = gpu.gis.iter().map(|gi| (format!("gi{}", gi.id), gi_cap_minor(fixed.minor, gi.id))).collect();
         match_dirs(&mig, &gis)?;
         for gi in &gpu.gis {
-            let cis = gi
-                .cis
-                .iter()
-                .map(|ci| (format!("ci{}", ci.id), ci_cap_minor(fixed.minor, gi.id, ci.id)))
-                .collect();
+            let cis =
+                gi.cis.iter().map(|ci| (format!("ci{}", ci.id), ci_cap_minor(fixed.minor, gi.id, ci.id))).collect();
             match_dirs(&mig.join(format!("gi{}", gi.id)), &cis)?;
         }
     }
@@ -51,7 +48,10 @@ fn match_dirs(parent: &Path, wanted: &BTreeMap<String, u32>) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if missing.remove(&name).is_none() && entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
+            // Out of the way in one step: half a directory would pass for the next instance of that id.
+            let old = parent.join(format!(".{}.old", name.trim_start_matches('.')));
+            fs::rename(entry.path(), &old)?;
+            fs::remove_dir_all(&old)?;
         }
     }
     for (name, minor) in missing {

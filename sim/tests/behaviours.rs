@@ -1,7 +1,7 @@
 //! The behaviours that a client may rely on, through the C ABI of a machine's own copy of the library.
 
 #![cfg(not(feature = "old-driver"))]
-#![allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
+#![allow(unsafe_code)]
 
 mod common;
 
@@ -132,6 +132,30 @@ fn a_killed_client_leaves_the_state_whole() {
 }
 
 #[test]
+fn a_client_may_die_anywhere() {
+    need_root!();
+    let sim = Sim::one(A100);
+    for round in 0..40 {
+        let mut child = child(&sim, "churn").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(2000 + 700 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let left = sim.gis(0);
+        let mig = sim.proc("nvidia/capabilities/gpu0/mig");
+        let mut shown: Vec<_> = fs::read_dir(&mig).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        shown.sort();
+        let mut wanted: Vec<_> = left.iter().map(|gi| format!("gi{gi}")).collect();
+        wanted.sort();
+        assert_eq!(shown, *wanted, "round {round}");
+        for gi in left {
+            assert!(mig.join(format!("gi{gi}/access")).exists());
+            sim.cli("destroy", &["--gpu", "0", "--gi", &gi.to_string()]);
+        }
+    }
+    assert_ran(&run_child(&sim, "churn"));
+}
+
+#[test]
 fn only_root_cuts_but_all_may_look() {
     need_root!();
     let sim = Sim::one(A100);
@@ -157,9 +181,9 @@ fn the_library_needs_init_and_counts_its_users() {
     assert_eq!(call!(lib, nvmlShutdown()), SUCCESS);
     assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), UNINITIALIZED);
     assert_eq!(call!(lib, nvmlShutdown()), UNINITIALIZED);
+    let text = call!(lib, nvmlErrorString(19));
     // SAFETY: the text is a constant of the library.
-    let text = unsafe { CStr::from_ptr(call!(lib, nvmlErrorString(19))) };
-    assert_eq!(text, c"In use by another client");
+    assert_eq!(unsafe { CStr::from_ptr(text) }, c"In use by another client");
 }
 
 #[test]
@@ -167,7 +191,8 @@ fn a_library_without_a_machine_has_no_driver() {
     let sim = Sim::one(A100);
     let bare = sim.dir().join("bare.so");
     fs::copy(sim.library(), &bare).unwrap();
-    assert_eq!(call!(Lib::load(&bare), nvmlInit_v2()), 9);
+    let lib = Lib::load(&bare);
+    assert_eq!(call!(lib, nvmlInit_v2()), 9);
 }
 
 #[test]
@@ -285,13 +310,10 @@ fn a_handle_is_found_by_a_versioned_uuid() {
 #[test]
 fn default_placement_follows_the_captures_on_both_maps() {
     need_root!();
-    for (map, wanted) in
-        [("canonical", [13, 11, 12, 7, 8, 9, 10]), ("mirrored", [9, 7, 8, 11, 12, 13, 14])]
-    {
+    for (map, wanted) in [("canonical", [13, 11, 12, 7, 8, 9, 10]), ("mirrored", [9, 7, 8, 11, 12, 13, 14])] {
         let sim = Sim::new(&["--gpu", A100, "--gi-map", map]);
         let lib = sim.client();
-        let made: Vec<u32> =
-            (0..7).map(|_| lib.gi_info(lib.create_gi(lib.gpu(0), 19).unwrap()).unwrap().id).collect();
+        let made: Vec<u32> = (0..7).map(|_| lib.gi_info(lib.create_gi(lib.gpu(0), 19).unwrap()).unwrap().id).collect();
         assert_eq!(made, wanted);
         assert_eq!(lib.create_gi(lib.gpu(0), 19), Err(INSUFFICIENT_RESOURCES));
     }
@@ -460,15 +482,266 @@ fn a_fault_fails_the_calls_it_was_told_to() {
     assert_eq!((&fault["counted"], &fault["fired"], &fault["armed"]), (&3.into(), &3.into(), &false.into()));
     sim.cli("clear-faults", &[]);
     sim.cli("fault", &["--call", "*", "--nth", "2", "--times", "forever", "--fail", "15"]);
-    assert_eq!(lib.mode(lib.gpu(0)).0, 9.min(lib_mode_or(&lib)));
+    let mut count = 0;
+    let seen: Vec<u32> = (0..3).map(|_| call!(lib, nvmlDeviceGetCount_v2(&mut count))).collect();
+    assert_eq!(seen, [SUCCESS, 15, 15]);
+    assert_eq!(call!(lib, nvmlInit_v2()), 15);
     sim.cli("clear-faults", &[]);
-    assert_eq!(lib.mode(lib.gpu(0)), (1, 1));
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), SUCCESS);
     for bad in [&["--call", "nvmlNoSuchCall", "--fail", "19"][..], &["--call", "*", "--fail", "77"], &["--call", "*"]] {
         assert!(!sim.try_cli("fault", bad).status.success(), "{bad:?}");
     }
 }
 
-/// Nine, the value the caller left, once the lost GPU has answered.
-fn lib_mode_or(_lib: &Lib) -> u32 {
-    9
+#[test]
+fn a_failed_compute_instance_leaves_its_gpu_instance() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let call = "nvmlGpuInstanceCreateComputeInstance*";
+    sim.cli("fault", &["--call", call, "--fail", "INSUFFICIENT_RESOURCES"]);
+    let gi = lib.create_gi(lib.gpu(0), 19).unwrap();
+    assert_eq!(lib.create_ci(gi, 0), Err(INSUFFICIENT_RESOURCES));
+    assert_eq!(sim.gis(0), [13]);
+    assert_eq!(lib.migs(lib.gpu(0)), []);
+    lib.create_ci(gi, 0).unwrap();
+}
+
+#[test]
+fn a_stale_enumeration_lasts_until_the_next_init() {
+    need_root!();
+    let sim = Sim::one(A100);
+    sim.cli("make", &["--gpu", "0", "--profile", "19"]);
+    sim.cli("stale", &["on"]);
+    let lib = sim.client();
+    sim.cli("destroy", &["--gpu", "0", "--gi", "13"]);
+    let mig = lib.mig(lib.gpu(0), 0).unwrap();
+    assert_eq!(lib.uuid(mig), Err(INVALID_ARGUMENT));
+    assert_eq!(lib.gi_by_id(lib.gpu(0), 13), Err(NOT_FOUND));
+    assert_eq!((call!(lib, nvmlShutdown()), call!(lib, nvmlInit_v2())), (SUCCESS, SUCCESS));
+    assert_eq!(lib.mig(lib.gpu(0), 0), Err(NOT_FOUND));
+}
+
+#[test]
+fn slow_changes_wait_for_each_other_only_when_told_to() {
+    need_root!();
+    // Two processes cut at the same time, one on GPU 0 and one on `gpu`.
+    let both = |scope: &str, gpu: u32| {
+        let sim = Sim::new(&["--gpu", A100, "--gpu", A100]);
+        sim.cli("latency", &["--call", "nvmlDeviceCreateGpuInstance*", "--ms", "400"]);
+        sim.cli("serialise", &[scope]);
+        let lib = sim.client();
+        let other = child(&sim, "slow").stdout(Stdio::null()).spawn().unwrap();
+        let start = Instant::now();
+        lib.create_gi(lib.gpu(gpu), 19).unwrap();
+        assert!(other.wait_with_output().unwrap().status.success());
+        start.elapsed()
+    };
+    let (one, two) = (Duration::from_millis(400), Duration::from_millis(800));
+    assert!((one..two).contains(&both("off", 0)));
+    assert!((one..two).contains(&both("gpu", 1)));
+    assert!(both("gpu", 0) >= two);
+    assert!(both("system", 1) >= two);
+}
+
+#[test]
+fn calls_are_counted_by_name() {
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    lib.gpu(0);
+    assert_eq!(sim.json("counts"), serde_json::json!({}));
+    sim.cli("count", &["on"]);
+    let (gpu, other) = (lib.gpu(0), sim.client());
+    lib.mode(gpu);
+    other.mode(gpu);
+    sim.cli("count", &["off"]);
+    lib.mode(gpu);
+    let wanted = serde_json::json!({"nvmlInit_v2": 1, "nvmlDeviceGetHandleByIndex_v2": 1, "nvmlDeviceGetMigMode": 2});
+    assert_eq!(sim.json("counts"), wanted);
+}
+
+#[test]
+fn proc_follows_the_instances_and_is_mended() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", A100, "--gpu", H100, "--minors", "1,0"]);
+    let lib = sim.client();
+    let mut minor = 9;
+    assert_eq!(call!(lib, nvmlDeviceGetMinorNumber(lib.gpu(0), &mut minor)), SUCCESS);
+    assert_eq!(minor, 1);
+    let gi = lib.create_gi(lib.gpu(0), 9).unwrap();
+    lib.create_ci(gi, 0).unwrap();
+    let second = lib.create_ci(gi, 0).unwrap();
+    let home = sim.proc("nvidia/capabilities/gpu1/mig/gi2");
+    let access = fs::read_to_string(home.join("access")).unwrap();
+    assert_eq!(access, "DeviceFileMinor: 156\nDeviceFileMode: 292\nDeviceFileModify: 1\n");
+    let access = fs::read_to_string(home.join("ci1/access")).unwrap();
+    assert_eq!(access, "DeviceFileMinor: 158\nDeviceFileMode: 292\nDeviceFileModify: 1\n");
+    let minors = fs::read_to_string(sim.proc("nvidia-caps/mig-minors")).unwrap();
+    assert!(minors.contains("\ngpu1/gi2/access 156\n") && minors.contains("\ngpu1/gi2/ci1/access 158\n"));
+    assert_eq!(home.join("access").metadata().unwrap().permissions().mode() & 0o777, 0o444);
+    assert_eq!(home.metadata().unwrap().permissions().mode() & 0o777, 0o555);
+    let config = sim.proc("nvidia/capabilities/mig/config");
+    assert_eq!(config.metadata().unwrap().permissions().mode() & 0o777, 0o400);
+    assert_eq!(lib.destroy_ci(second), SUCCESS);
+    assert!(home.join("ci0").exists() && !home.join("ci1").exists());
+
+    // As if a process had died between the state and the tree, both ways.
+    fs::remove_dir_all(&home).unwrap();
+    fs::create_dir_all(sim.proc("nvidia/capabilities/gpu0/mig/gi9/ci0")).unwrap();
+    fs::create_dir(sim.proc("nvidia/capabilities/gpu0/mig/.gi7.new")).unwrap();
+    lib.create_gi(lib.gpu(1), 19).unwrap();
+    assert!(home.join("ci0/access").exists());
+    let mig = sim.proc("nvidia/capabilities/gpu0/mig");
+    let left: Vec<_> = fs::read_dir(mig).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["gi13"]);
+    fs::remove_dir_all(&home).unwrap();
+    sim.cli("show", &[]);
+    assert!(home.exists());
+}
+
+#[test]
+fn device_nodes_are_made_once_and_only_those_of_the_driver() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", A100, "--gpu", H100, "--minors", "3,0"]);
+    let dev = sim.dir().join("dev");
+    let Ok(node) = dev.join("nvidia3").metadata() else {
+        eprintln!("SKIP: no permission to make device nodes here");
+        return;
+    };
+    assert!(node.file_type().is_char_device());
+    assert_eq!((nix::libc::major(node.rdev()), nix::libc::minor(node.rdev())), (195, 3));
+    let majors = sim.json("show")["majors"].clone();
+    let uvm = dev.join("nvidia-uvm").metadata().unwrap().rdev();
+    assert_eq!(majors["uvm"], nix::libc::major(uvm));
+    let devices = fs::read_to_string(sim.dir().join("proc/devices")).unwrap();
+    assert!(devices.contains(&format!("{:3} nvidia-caps\n", majors["caps"].as_u64().unwrap())));
+    sim.cli("make", &["--gpu", "0", "--profile", "19"]);
+    assert!(!dev.join("nvidia-caps").exists(), "somebody else makes capability nodes");
+    fs::create_dir(dev.join("nvidia-caps")).unwrap();
+    fs::write(dev.join("nvidia-caps/nvidia-cap525"), "").unwrap();
+    sim.cli("destroy", &["--gpu", "0", "--gi", "13"]);
+    assert!(dev.join("nvidia-caps/nvidia-cap525").exists(), "and nobody removes them");
+    sim.cli("reboot", &[]);
+    assert!(!dev.join("nvidia-caps").exists());
+}
+
+#[test]
+fn several_machines_live_in_one_process() {
+    need_root!();
+    let (one, two) = (Sim::one(A100), Sim::one(H100));
+    let (first, second) = (one.client(), two.client());
+    first.create_gi(first.gpu(0), 19).unwrap();
+    assert_eq!(second.gi_by_id(second.gpu(0), 13), Err(NOT_FOUND));
+    assert_eq!(second.name(second.gpu(0)).unwrap(), "NVIDIA H100 80GB HBM3");
+}
+
+#[test]
+fn a_relative_path_survives_chdir() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let mut command = child(&sim, "chdir");
+    command.current_dir(sim.dir()).env("SIM_LIBRARY", "usr/lib/libnvidia-ml.so.1");
+    assert_ran(&command.output().unwrap());
+    assert_eq!(sim.gis(0), [13]);
+}
+
+#[test]
+fn devices_are_found_by_bus_id() {
+    let sim = Sim::new(&["--gpu", A100, "--gpu", H100]);
+    let lib = sim.client();
+    for text in ["00000000:0F:00.0", "0000:0f:00.0", "0F:00.0"] {
+        let (bus, mut device) = (CString::new(text).unwrap(), null_mut());
+        assert_eq!(call!(lib, nvmlDeviceGetHandleByPciBusId_v2(bus.as_ptr(), &mut device)), SUCCESS, "{text}");
+        assert_eq!(device, lib.gpu(1));
+    }
+    let (bus, mut device) = (CString::new("0000:AA:00.0").unwrap(), null_mut());
+    assert_eq!(call!(lib, nvmlDeviceGetHandleByPciBusId_v2(bus.as_ptr(), &mut device)), NOT_FOUND);
+    let mut pci: nvmlPciInfo_t = zeroed();
+    assert_eq!(call!(lib, nvmlDeviceGetPciInfo_v3(lib.gpu(0), &mut pci)), SUCCESS);
+    assert_eq!((string(&pci.busId), pci.pciDeviceId), ("00000000:07:00.0".into(), 0x20b2_10de));
+}
+
+#[test]
+fn every_board_makes_a_machine_and_cuts_each_usable_profile() {
+    let boards = Command::new(env!("CARGO_BIN_EXE_nvml-sim")).args(["boards", "--json"]).output().unwrap();
+    let boards: serde_json::Value = serde_json::from_slice(&boards.stdout).unwrap();
+    for board in boards.as_array().unwrap() {
+        let sim = Sim::one(board["key"].as_str().unwrap());
+        for profile in board["profiles"].as_array().unwrap() {
+            let name = profile["name"].as_str().unwrap();
+            let made: serde_json::Value =
+                serde_json::from_str(&sim.cli("make", &["--gpu", "0", "--profile", name, "--json"])).unwrap();
+            assert!(made["uuid"].is_string(), "{} {name}", board["key"]);
+            sim.cli("destroy", &["--gpu", "0", "--gi", &made["gpu_instance"].to_string()]);
+        }
+    }
+}
+
+#[test]
+fn mistakes_are_named_with_their_remedy() {
+    let sim = Sim::one(A100);
+    let says = |command: &str, args: &[&str], wanted: &str| {
+        let output = sim.try_cli(command, args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{command} {args:?}: {text}");
+    };
+    says("create", &["--gpu", A100], "is not empty");
+    says("create", &["--gpu", "a100"], "choose from a100-sxm4-40gb, a100-sxm4-80gb");
+    says("make", &["--gpu", "0", "--profile", "9g.1gb"], "choose from 1g.10gb");
+    says("make", &["--gpu", "4", "--profile", "19"], "has no GPU 4");
+    says("destroy", &["--gpu", "0", "--gi", "4"], "there is no GPU instance 4 on GPU 0");
+    says("unhold", &["--gpu", "0"], "nothing holds GPU 0");
+    fs::remove_dir_all(sim.dir()).unwrap();
+    says("show", &[], "holds no machine");
+}
+
+#[test]
+fn nvml_wrapper_reads_the_machine() {
+    need_root!();
+    let sim = Sim::one(A100);
+    sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    let library = sim.library();
+    let nvml = nvml_wrapper::Nvml::builder().lib_path(library.as_os_str()).init().unwrap();
+    assert_eq!(nvml.sys_driver_version().unwrap(), "580.95.05");
+    let gpu = nvml.device_by_index(0).unwrap();
+    assert_eq!(gpu.mig_mode().unwrap().current, 1);
+    assert_eq!(gpu.profile_info(0).unwrap().id, 19);
+    let mig = gpu.mig_device_by_index(0).unwrap();
+    assert_eq!(mig.name().unwrap(), "NVIDIA A100-SXM4-80GB MIG 1g.10gb");
+    assert_eq!(mig.mig_parent_device().unwrap().uuid().unwrap(), gpu.uuid().unwrap());
+    assert_eq!(mig.attributes().unwrap().multiprocessor_count, 14);
+    assert_eq!(mig.memory_info().unwrap().total, 9728 << 20);
+}
+
+#[test]
+fn nvidia_ml_py_agrees() {
+    need_root!();
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+    let import = Command::new(&python).args(["-c", "import pynvml"]).output();
+    if !import.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIP: {python} cannot import pynvml; `pip install nvidia-ml-py`, or set PYTHON");
+        return;
+    }
+    let sim = Sim::new(&["--gpu", A100, "--gpu", H100]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance.py");
+    let output = Command::new(python).arg(script).env("LD_LIBRARY_PATH", sim.dir().join("usr/lib")).output().unwrap();
+    assert_ran(&output);
+}
+
+#[test]
+fn init_and_reads_are_cheap() {
+    let sim = Sim::new(&["--gpu", A100, "--gpu", A100, "--gpu", H100, "--gpu", H100]);
+    let lib = sim.load();
+    let start = Instant::now();
+    assert_eq!(call!(lib, nvmlInit_v2()), SUCCESS);
+    let init = start.elapsed();
+    let gpu = lib.gpu(0);
+    let start = Instant::now();
+    for _ in 0..1000 {
+        lib.mode(gpu);
+    }
+    let reads = start.elapsed();
+    eprintln!("init {init:?}, read {:?}", reads / 1000);
+    // Generous, since a debug build on a busy machine has to pass.
+    assert!(init < Duration::from_millis(50) && reads < Duration::from_millis(500), "{init:?} {reads:?}");
 }

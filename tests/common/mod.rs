@@ -1,0 +1,262 @@
+//! A throw-away world: a simulated machine, settings and state in a temporary directory, and our own binaries run in it.
+//!
+//! Binaries are the debug ones of this build, or those of the directory that `MIG_TEST_DIST` names (as shipped).
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)] // each test file uses its part
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// Longest run of one of our binaries.
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub struct World {
+    dir: tempfile::TempDir,
+}
+
+/// Two A100-80 and an H100, as in the demo.
+pub const DEMO: [&str; 3] = ["a100-sxm4-80gb", "a100-sxm4-80gb", "h100-sxm-80gb"];
+
+/// The directory with mig-hook, mig-runtime, mig-engine, migctl, nvml-sim and libnvidia_ml.so.
+pub fn binaries() -> PathBuf {
+    match std::env::var_os("MIG_TEST_DIST") {
+        Some(dist) => dist.into(),
+        None => Path::new(env!("CARGO_BIN_EXE_migctl")).parent().unwrap().to_owned(),
+    }
+}
+
+/// Notes a test, or a part of one, that this machine can't run: printed, and counted by scripts/test.
+pub fn skip(what: &str, why: &str) {
+    let line = format!("SKIP: {what}: {why}");
+    eprintln!("{line}");
+    if let Some(file) = std::env::var_os("MIG_TEST_SKIPS") {
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
+        writeln!(file, "{line}").unwrap();
+    }
+}
+
+impl World {
+    /// A machine with these boards, MIG on.
+    pub fn new(boards: &[&str]) -> World {
+        World::with(boards, &[])
+    }
+
+    /// The same with more options for `nvml-sim create`.
+    pub fn with(boards: &[&str], options: &[&str]) -> World {
+        let world = World { dir: tempfile::Builder::new().prefix("mig").tempdir().unwrap() };
+        let mut args = vec!["create".to_owned(), world.path("m").display().to_string()];
+        args.extend(boards.iter().flat_map(|b| ["--gpu".to_owned(), (*b).to_owned()]));
+        args.extend(options.iter().map(|o| (*o).to_owned()));
+        let output = run(Command::new(sim()).args(&args));
+        assert!(output.status.success(), "nvml-sim create: {}", text(&output));
+        world.settings("");
+        world
+    }
+
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.dir.path().join(relative)
+    }
+
+    /// The settings file: this machine, the recording runtime, and `more` TOML tables at the end.
+    pub fn settings(&self, more: &str) {
+        let dir = self.dir.path().display();
+        let text = format!(
+            "state_dir = \"{dir}/state\"\n[driver]\nroot = \"{dir}/m\"\nproc_root = \"{dir}/m/proc\"\ndev_root = \"{dir}/m/dev\"\n\
+             [log]\naudit_file = \"{dir}/audit.jsonl\"\nsocket = \"{dir}/log.sock\"\n{more}\n"
+        );
+        self.write("config.toml", &text);
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.path("config.toml")
+    }
+
+    pub fn write(&self, relative: &str, text: &str) -> PathBuf {
+        let path = self.path(relative);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    pub fn script(&self, relative: &str, text: &str) -> PathBuf {
+        let path = self.write(relative, &format!("#!/bin/sh\n{text}\n"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    // ---- the simulated machine ----
+
+    /// `nvml-sim VERB MACHINE ARGS…`; fails the test unless it succeeds.
+    pub fn sim(&self, verb: &str, args: &[&str]) -> String {
+        let output = run(Command::new(sim()).arg(verb).arg(self.path("m")).args(args));
+        assert!(output.status.success(), "nvml-sim {verb} {args:?}: {}", text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Every GPU instance that exists, as the simulator itself says.
+    pub fn instances(&self) -> Vec<Value> {
+        let shown: Value = serde_json::from_str(&self.sim("show", &["--json"])).unwrap();
+        let gpus = shown["gpus"].as_array().unwrap();
+        gpus.iter().flat_map(|gpu| gpu["gpu_instances"].as_array().unwrap().clone()).collect()
+    }
+
+    // ---- our binaries ----
+
+    /// `migctl --config … ARGS…`
+    pub fn migctl(&self, args: &[&str]) -> Output {
+        run(Command::new(binaries().join("migctl")).arg("--config").arg(self.config()).args(args))
+    }
+
+    /// The `--json` document of a migctl verb that must succeed.
+    pub fn document(&self, args: &[&str]) -> Value {
+        let output = self.migctl(&[args, &["--json"]].concat());
+        assert!(output.status.success(), "migctl {args:?}: {}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    pub fn leases(&self) -> Vec<Value> {
+        self.document(&["leases"])["leases"].as_array().unwrap().clone()
+    }
+
+    /// Nothing is held and nothing is cut.
+    pub fn assert_clean(&self, when: &str) {
+        assert_eq!(self.leases(), Vec::<Value>::new(), "leases left {when}");
+        assert_eq!(self.instances(), Vec::<Value>::new(), "instances left {when}");
+    }
+
+    /// `mig-hook --config … ARGS…` with that standard input.
+    pub fn hook(&self, args: &[&str], stdin: &[u8]) -> Output {
+        let mut command = Command::new(binaries().join("mig-hook"));
+        command.arg("--config").arg(self.config()).args(args);
+        feed(&mut command, stdin)
+    }
+
+    /// `mig-runtime --mig-config … ARGS…` not yet started.
+    pub fn shim_command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binaries().join("mig-runtime"));
+        command.arg("--mig-config").arg(self.config()).args(args);
+        command
+    }
+
+    pub fn shim(&self, args: &[&str]) -> Output {
+        run(&mut self.shim_command(args))
+    }
+
+    /// A stand-in low-level runtime, named in the settings, that writes what it was given below `rt/` (argv, environment,
+    /// open descriptors, SIGPIPE) and ends with `code`. For what a real runtime would not show; real ones are in
+    /// tests/containers.rs.
+    pub fn recording_runtime(&self, code: i32) -> PathBuf {
+        let dir = self.path("rt");
+        std::fs::create_dir_all(&dir).unwrap();
+        let d = dir.display();
+        let runtime = self.script(
+            "rt/runtime",
+            &format!(
+                "printf '%s\\n' \"$@\" > {d}/argv; env > {d}/env; ls -l /proc/self/fd > {d}/fd\n\
+                 grep SigIgn /proc/self/status > {d}/sigign; echo $$ > {d}/pid\nexit {code}"
+            ),
+        );
+        self.settings(&format!("[runtime]\npath = \"{}\"", runtime.display()));
+        runtime
+    }
+
+    /// What the recording runtime was given; `None` when it was not started.
+    pub fn recorded(&self, what: &str) -> Option<String> {
+        std::fs::read_to_string(self.path("rt").join(what)).ok()
+    }
+
+    // ---- bundles ----
+
+    /// A bundle whose config.json is `config`.
+    pub fn bundle(&self, name: &str, config: &Value) -> PathBuf {
+        let dir = self.path(name);
+        std::fs::create_dir_all(dir.join("rootfs")).unwrap();
+        std::fs::write(dir.join("config.json"), serde_json::to_vec_pretty(config).unwrap()).unwrap();
+        dir
+    }
+
+    pub fn audit(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path("audit.jsonl")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// A config as docker writes it, less what does not matter here, with these annotations and variables.
+pub fn config(annotations: Value, env: &[&str]) -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"terminal": false, "user": {"uid": 0, "gid": 0}, "args": ["/bin/sh"], "env": env, "cwd": "/"},
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}],
+        "annotations": annotations,
+        "x-future": {"kept": [1, 2.5, null, "ü"]},
+        "linux": {
+            "resources": {"devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "access": "m"}]},
+            "namespaces": [{"type": "mount"}, {"type": "pid"}],
+        },
+    })
+}
+
+/// The State that runc sends.
+pub fn state(id: &str, pid: u32, bundle: &Path) -> Vec<u8> {
+    let state = json!({"ociVersion": "1.0.2", "id": id, "status": "creating", "pid": pid, "bundle": bundle});
+    state.to_string().into_bytes()
+}
+
+/// The simulator's tool, built by `cargo build -p mig-hook-sim`.
+fn sim() -> PathBuf {
+    let path = binaries().join("nvml-sim");
+    assert!(path.is_file(), "{} is missing: run `cargo build --workspace` first, as `make test` does", path.display());
+    path
+}
+
+/// Runs to the end within the limit; the output is captured.
+pub fn run(command: &mut Command) -> Output {
+    finish(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), command)
+}
+
+/// The same with a standard input. A child that doesn't read it is fine.
+pub fn feed(command: &mut Command, stdin: &[u8]) -> Output {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut pipe = child.stdin.take().unwrap();
+    let stdin = stdin.to_vec();
+    std::thread::spawn(move || drop(pipe.write_all(&stdin)));
+    finish(child, command)
+}
+
+fn finish(child: Child, command: &Command) -> Output {
+    let (pid, shown) = (child.id(), format!("{command:?}"));
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    match receiver.recv_timeout(LIMIT) {
+        Ok(output) => output.unwrap(),
+        Err(_) => {
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+            panic!("{shown} did not end within {LIMIT:?}");
+        }
+    }
+}
+
+/// Both outputs, for messages and searches.
+pub fn text(output: &Output) -> String {
+    format!("{}\n{}{}", output.status, String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Waits until `done`, looking every 20 ms, at most `limit`.
+pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+    let until = Instant::now() + limit;
+    while !done() {
+        assert!(Instant::now() < until, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub fn os(words: &[&str]) -> Vec<OsString> {
+    words.iter().map(|w| OsStr::new(w).to_owned()).collect()
+}
