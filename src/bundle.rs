@@ -71,9 +71,33 @@ pub struct Config {
 
 /// Keys that the runtimes (Go's encoding/json) also match in another case.
 const KNOWN: [&str; 28] = [
-    "ociVersion", "process", "root", "hostname", "domainname", "mounts", "hooks", "annotations", "linux", "env", "args",
-    "cwd", "user", "capabilities", "devices", "resources", "namespaces", "cgroupsPath", "uidMappings", "gidMappings",
-    "maskedPaths", "readonlyPaths", "createRuntime", "createContainer", "startContainer", "prestart", "poststart",
+    "ociVersion",
+    "process",
+    "root",
+    "hostname",
+    "domainname",
+    "mounts",
+    "hooks",
+    "annotations",
+    "linux",
+    "env",
+    "args",
+    "cwd",
+    "user",
+    "capabilities",
+    "devices",
+    "resources",
+    "namespaces",
+    "cgroupsPath",
+    "uidMappings",
+    "gidMappings",
+    "maskedPaths",
+    "readonlyPaths",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "prestart",
+    "poststart",
     "poststop",
 ];
 
@@ -201,7 +225,9 @@ impl<'de> Visitor<'de> for Strict<'_> {
             if self.0.is_none() {
                 *self.0 = match known {
                     Some(known) => Some(format!("the key \"{}\" is a case variant of \"{known}\"", key.escape_debug())),
-                    None if object.contains_key(&key) => Some(format!("the key \"{}\" is there twice", key.escape_debug())),
+                    None if object.contains_key(&key) => {
+                        Some(format!("the key \"{}\" is there twice", key.escape_debug()))
+                    }
                     None => None,
                 };
             }

@@ -161,7 +161,9 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// Somebody other than root could change it.
-    #[error("settings file {path} can be written by others (owner {uid}, mode {mode:04o}); make it root-owned with mode 0644")]
+    #[error(
+        "settings file {path} can be written by others (owner {uid}, mode {mode:04o}); make it root-owned with mode 0644"
+    )]
     Writable {
         /// The file.
         path: String,
@@ -224,7 +226,9 @@ impl Settings {
             Some(v) => Err(format!("{key} = \"{v}\" is not valid; it may be {}", valid.join(", "))),
         };
         if limits.slices_per_container == Some(0) {
-            return Err("limits.slices_per_container = 0 would refuse every request; leave it out or give at least 1".into());
+            return Err(
+                "limits.slices_per_container = 0 would refuse every request; leave it out or give at least 1".into()
+            );
         }
         Ok(Settings {
             file: None,

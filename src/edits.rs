@@ -13,7 +13,8 @@ pub const LEASE: &str = "mig.lease";
 /// Minor of /dev/nvidiactl (open-gpu-kernel-modules, nv.h).
 const CTL_MINOR: u32 = 255;
 /// Variables that we set, and remove before: an image's own value must not survive beside ours.
-const VARIABLES: [&str; 4] = ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
+const VARIABLES: [&str; 4] =
+    ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
 /// Seconds that a runtime gives our hooks: the lock wait (15 s and 5 s) and the driver calls that follow.
 const BIND_TIMEOUT: u64 = 30;
 const POSTSTOP_TIMEOUT: u64 = 20;
@@ -249,8 +250,8 @@ pub fn open_rule(config: &Value, nodes: &[Node], majors: Majors) -> Option<Strin
     };
     rules[last..].iter().filter(|r| allows(r) && touches(r)).find_map(|rule| {
         let number = |key: &str| rule.get(key).and_then(Value::as_i64).filter(|n| *n >= 0);
-        let concerned = kind(rule) != "b"
-            && number("major").is_none_or(|m| nvidia_majors(majors).any(|ours| i64::from(ours) == m));
+        let concerned =
+            kind(rule) != "b" && number("major").is_none_or(|m| nvidia_majors(majors).any(|ours| i64::from(ours) == m));
         let own = nodes.iter().any(|n| {
             number("major") == Some(n.major.into()) && number("minor") == Some(n.minor.into()) && kind(rule) == "c"
         });
@@ -317,7 +318,8 @@ mod tests {
 
     #[test]
     fn a_slice_has_exactly_its_nodes() {
-        let all: Vec<(String, u32, u32, u32)> = own().into_iter().map(|n| (n.name, n.major, n.minor, n.mode.mode)).collect();
+        let all: Vec<(String, u32, u32, u32)> =
+            own().into_iter().map(|n| (n.name, n.major, n.minor, n.mode.mode)).collect();
         let expected = [
             ("nvidiactl", 195, 255, 0o666),
             ("nvidia1", 195, 1, 0o666),
@@ -348,12 +350,19 @@ mod tests {
         assert_eq!(config["process"]["x-p"], 1);
         assert_eq!(
             config["process"]["env"],
-            json!(["PATH=/bin", "CUDA_VISIBLE_DEVICES=MIG-a", "NVIDIA_VISIBLE_DEVICES=void", "MIG_DEVICE_UUIDS=MIG-a", "MIG_DEVICE_PROFILES=1g.10gb"])
+            json!([
+                "PATH=/bin",
+                "CUDA_VISIBLE_DEVICES=MIG-a",
+                "NVIDIA_VISIBLE_DEVICES=void",
+                "MIG_DEVICE_UUIDS=MIG-a",
+                "MIG_DEVICE_PROFILES=1g.10gb"
+            ])
         );
         assert_eq!(config["annotations"], json!({"mig.profile": "1g.10gb", "mig.lease": "t1"}));
         assert_eq!(config["hooks"]["prestart"], json!([{"path": "/usr/bin/libnetwork"}]));
         assert_eq!(config["hooks"]["poststop"].as_array().unwrap().len(), 1);
-        let paths: Vec<&str> = config["linux"]["devices"].as_array().unwrap().iter().map(|d| d["path"].as_str().unwrap()).collect();
+        let paths: Vec<&str> =
+            config["linux"]["devices"].as_array().unwrap().iter().map(|d| d["path"].as_str().unwrap()).collect();
         assert_eq!(paths[..3], ["/dev/fuse", "/dev/nvidiactl", "/dev/nvidia1"]);
         assert!(!paths.contains(&"/dev/nvidia0"));
         let rules = config["linux"]["resources"]["devices"].as_array().unwrap();
@@ -427,20 +436,48 @@ mod tests {
     #[test]
     fn wrong_shapes_are_errors_not_panics() {
         let hooks = HookCall { program: Path::new("/x/mig-hook"), config: None, token: "t1" };
-        for config in [json!([]), json!({}), json!({"process": []}), json!({"process": {"env": 7}}), json!({"process": {}, "linux": []}), json!({"process": {}, "hooks": {"poststop": {}}})] {
+        for config in [
+            json!([]),
+            json!({}),
+            json!({"process": []}),
+            json!({"process": {"env": 7}}),
+            json!({"process": {}, "linux": []}),
+            json!({"process": {}, "hooks": {"poststop": {}}}),
+        ] {
             let mut config = config;
             strip(&mut config, MAJORS);
-            assert!(apply(&mut config, &Edit { nodes: &own(), environment: &["A=b".into()], hooks, bind: true }).is_err(), "{config}");
+            assert!(
+                apply(&mut config, &Edit { nodes: &own(), environment: &["A=b".into()], hooks, bind: true }).is_err(),
+                "{config}"
+            );
         }
     }
 
     fn any_json() -> impl Strategy<Value = Value> {
-        let leaf = prop_oneof![Just(Value::Null), any::<bool>().prop_map(Value::Bool), any::<i64>().prop_map(Value::from), "[a-z/.]{0,12}".prop_map(Value::String)];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::Bool),
+            any::<i64>().prop_map(Value::from),
+            "[a-z/.]{0,12}".prop_map(Value::String)
+        ];
         leaf.prop_recursive(4, 48, 6, |inner| {
-            let key = prop_oneof![Just("linux"), Just("resources"), Just("devices"), Just("hooks"), Just("poststop"), Just("process"), Just("env"), Just("annotations"), Just("mounts"), Just("major"), Just("x")];
+            let key = prop_oneof![
+                Just("linux"),
+                Just("resources"),
+                Just("devices"),
+                Just("hooks"),
+                Just("poststop"),
+                Just("process"),
+                Just("env"),
+                Just("annotations"),
+                Just("mounts"),
+                Just("major"),
+                Just("x")
+            ];
             prop_oneof![
                 proptest::collection::vec(inner.clone(), 0..5).prop_map(Value::Array),
-                proptest::collection::vec((key.prop_map(str::to_owned), inner), 0..6).prop_map(|v| Value::Object(v.into_iter().collect())),
+                proptest::collection::vec((key.prop_map(str::to_owned), inner), 0..6)
+                    .prop_map(|v| Value::Object(v.into_iter().collect())),
             ]
         })
     }

@@ -14,7 +14,7 @@ use crate::first::index_name;
 use crate::gpu::{Device, Gpu, GpuError, Instance, MigMode};
 use crate::host::{self, Host, HostError, Majors, ProcessId};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
-use crate::placement::{self, Choice, Held, NoPlace, Reason, Room, Window};
+use crate::placement::{self, Choice, Held, Reason, Room, Window};
 use crate::profile;
 use crate::request::{GpuSelector, Request, Want};
 use crate::runtime;
@@ -203,7 +203,14 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease], majors: Majors) -> Result<(), Failure> {
+    fn cut_one(
+        &self,
+        lock: &Lock,
+        lease: &mut Lease,
+        at: usize,
+        others: &[Lease],
+        majors: Majors,
+    ) -> Result<(), Failure> {
         let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
         if lease.slices[at].ours {
             lease.slices[at].step = Step::CreatingInstance;
@@ -272,14 +279,20 @@ impl<'a> Engine<'a> {
         if let Some(managed) = &self.settings.gpus {
             devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
             if devices.is_empty() {
-                return Err(Failure::NotAllowed(format!("limits.gpus names no GPU of this machine: {}", managed.join(", "))));
+                return Err(Failure::NotAllowed(format!(
+                    "limits.gpus names no GPU of this machine: {}",
+                    managed.join(", ")
+                )));
             }
         }
         if let Some(wanted) = &request.gpu {
             let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
             devices.retain(|d| wanted.matches(d));
             if devices.is_empty() {
-                return Err(Failure::BadRequest(format!("mig.gpu names no GPU here: {wanted}; there are {}", present.join(", "))));
+                return Err(Failure::BadRequest(format!(
+                    "mig.gpu names no GPU here: {wanted}; there are {}",
+                    present.join(", ")
+                )));
             }
         }
         let off: Vec<String> = devices.iter().filter(|d| d.mig != MigMode::On).map(mode_sentence).collect();
@@ -321,13 +334,20 @@ impl<'a> Engine<'a> {
             let slice = self.locate(devices, leases, want, &found)?;
             found.push(slice);
         }
-        let to_cut: Vec<Want> = wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
+        let to_cut: Vec<Want> =
+            wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
         let mut cut = self.place(devices, leases, &to_cut)?.into_iter();
         Ok(found.into_iter().filter_map(|slice| slice.or_else(|| cut.next())).collect())
     }
 
     /// An existing slice for `want`: named by UUID, or idle and of that profile where the settings let foreign ones go.
-    fn locate(&self, devices: &[Device], leases: &[Lease], want: &Want, found: &[Option<Slice>]) -> Result<Option<Slice>, Failure> {
+    fn locate(
+        &self,
+        devices: &[Device],
+        leases: &[Lease],
+        want: &Want,
+        found: &[Option<Slice>],
+    ) -> Result<Option<Slice>, Failure> {
         let wanted = |device: &Device, instance: &Instance, uuid: &str| match want {
             Want::Uuid(name) => name.eq_ignore_ascii_case(uuid) || *name == old_uuid(device, instance),
             Want::Profile(name) => device.profile(instance.profile).is_some_and(|p| p.name == *name),
@@ -360,7 +380,9 @@ impl<'a> Engine<'a> {
             }
         }
         match by_name {
-            true => Err(Failure::BadRequest(format!("there is no MIG slice {want} on the GPUs that may serve this container"))),
+            true => Err(Failure::BadRequest(format!(
+                "there is no MIG slice {want} on the GPUs that may serve this container"
+            ))),
             false => Ok(None),
         }
     }
@@ -389,13 +411,15 @@ impl<'a> Engine<'a> {
             })
             .collect();
         let policy = serde_json::from_value(self.settings.policy.clone().into()).unwrap_or_default();
-        let placed = placement::candidates(&rooms, wants, None)
-            .and_then(|candidates| placement::place(&rooms, &candidates, policy));
+        let placed =
+            placement::candidates(&rooms, wants).and_then(|candidates| placement::place(&rooms, &candidates, policy));
         match placed {
             Ok(choices) => Ok(choices.iter().filter_map(|choice| planned(devices, choice)).collect()),
             Err(refusal) => Err(match refusal.reason {
-                Reason::NotOffered { .. } | Reason::NeverFits => Failure::BadRequest(refusal.to_string()),
-                Reason::NoRoom | Reason::Fragmented => Failure::NoRoom(with_holders(&refusal, leases)),
+                Reason::NotOffered { .. } | Reason::NeverFits => {
+                    Failure::BadRequest(refusal.explain(|_| String::new()))
+                }
+                Reason::NoRoom | Reason::Fragmented => Failure::NoRoom(refusal.explain(|held| holder_of(held, leases))),
             }),
         }
     }
@@ -444,11 +468,13 @@ impl<'a> Engine<'a> {
     /// Gives back what `token` holds, if it is `container`'s where one is named. Idempotent: unknown is success.
     pub fn release(&self, token: &str, container: Option<&str>, why: &str) -> Result<Released, Failure> {
         let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Unknown) };
-        if let (Some(given), Some(holder)) = (container, &lease.holder.container) {
-            if given != holder {
-                let who = lease.held_by();
-                return Err(Failure::Stale(format!("lease {token} belongs to {who}, not to container {given}: nothing was released")));
-            }
+        if let (Some(given), Some(holder)) = (container, &lease.holder.container)
+            && given != holder
+        {
+            let who = lease.held_by();
+            return Err(Failure::Stale(format!(
+                "lease {token} belongs to {who}, not to container {given}: nothing was released"
+            )));
         }
         self.store.announce(token);
         let mut pauses = RELEASE_PAUSES.iter();
@@ -573,7 +599,11 @@ impl<'a> Engine<'a> {
             return Ok(Some(action(&lease, "kept", "its bundle is gone, but which runtime started it is not known")));
         };
         if !waited || !here {
-            return Ok(Some(action(&lease, "kept", "its bundle is gone; it is looked at again in a minute, from its mount namespace")));
+            return Ok(Some(action(
+                &lease,
+                "kept",
+                "its bundle is gone; it is looked at again in a minute, from its mount namespace",
+            )));
         }
         let root = holder.runtime_root.as_deref();
         match runtime::status(program, root, id).as_deref() {
@@ -601,7 +631,10 @@ impl<'a> Engine<'a> {
             Ok(Some(Obstacle::Held(what))) => {
                 lease.state = State::Quarantined;
                 lease.reason = Some(what.clone());
-                self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| action(&lease, "quarantined", &what))
+                self.store
+                    .put(lock, &lease.token, &lease)
+                    .map_err(Failure::from)
+                    .map(|()| action(&lease, "quarantined", &what))
             }
             Err(failure) => Err(failure),
         };
@@ -612,17 +645,23 @@ impl<'a> Engine<'a> {
 
     /// Destroys one slice if it is there and ours. `recovering`: a killed process left it, so that how far it got is only
     /// known as "at least to the step before": then nothing may hold it.
-    fn destroy(&self, lock: &Lock, lease: &mut Lease, at: usize, recovering: bool) -> Result<Option<Obstacle>, Failure> {
+    fn destroy(
+        &self,
+        lock: &Lock,
+        lease: &mut Lease,
+        at: usize,
+        recovering: bool,
+    ) -> Result<Option<Obstacle>, Failure> {
         let slice = lease.slices[at].clone();
         if !slice.ours || matches!(slice.step, Step::Planned | Step::Gone) {
             return Ok(None);
         }
         let Some(instance) = self.still_ours(&slice)? else { return Ok(None) };
-        if recovering || slice.step != Step::Whole {
-            if let Some(pid) = self.user_in(&slice, &instance)? {
-                let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
-                return Ok(Some(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
-            }
+        if (recovering || slice.step != Step::Whole)
+            && let Some(pid) = self.user_in(&slice, &instance)?
+        {
+            let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
+            return Ok(Some(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
         }
         lease.slices[at].gi = Some(instance.id);
         for compute in &instance.compute {
@@ -643,7 +682,9 @@ impl<'a> Engine<'a> {
 
     /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
     fn still_ours(&self, slice: &Slice) -> Result<Option<Instance>, Failure> {
-        let same = |i: &Instance| i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id);
+        let same = |i: &Instance| {
+            i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id)
+        };
         let Some(instance) = self.gpu.instances(&slice.gpu)?.into_iter().find(same) else { return Ok(None) };
         let strangers = match slice.step {
             // We had not come to the compute instance, or had destroyed it: one that is there is a rival's.
@@ -738,7 +779,9 @@ fn names_device(name: &str, device: &Device) -> bool {
 fn mode_sentence(device: &Device) -> String {
     let (what, remedy) = match device.mig {
         MigMode::Unsupported => ("has no MIG", "a GPU with MIG is needed".to_owned()),
-        MigMode::EnablePending => ("has MIG enabled only after a reset", format!("run: nvidia-smi --gpu-reset -i {}", device.index)),
+        MigMode::EnablePending => {
+            ("has MIG enabled only after a reset", format!("run: nvidia-smi --gpu-reset -i {}", device.index))
+        }
         _ => ("has MIG mode off", format!("an administrator can turn it on: nvidia-smi -i {} -mig 1", device.index)),
     };
     format!("{} {what}; {remedy}", device.label())
@@ -791,34 +834,29 @@ fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
     })
 }
 
-/// A refusal with who holds the room, and whose end would make it.
-fn with_holders(refusal: &NoPlace, leases: &[Lease]) -> String {
-    let who = |held: &Held| {
-        let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
-        let holder = leases.iter().find(here).map_or("not created by mig-hook".into(), Lease::held_by);
-        format!("{held} ({holder})")
-    };
-    let mut text = refusal.to_string();
-    for held in refusal.holding.iter().flat_map(|holding| &holding.held) {
-        text = text.replacen(&format!("{held}"), "\u{1}", 1).replacen('\u{1}', &who(held), 1);
-    }
-    let sets: Vec<String> =
-        refusal.smallest_blockers.iter().take(3).map(|set| set.iter().map(who).collect::<Vec<_>>().join(" and ")).collect();
-    match sets.is_empty() {
-        true => text,
-        false => format!("{text}; it would fit after the end of {}", sets.join(", or of ")),
-    }
+/// Who has a taken window.
+fn holder_of(held: &Held, leases: &[Lease]) -> String {
+    let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
+    leases.iter().find(here).map_or("not created by mig-hook".into(), Lease::held_by)
 }
 
 /// Grants, refusals and releases are one line each with target `audit`; where it goes is the way in's business.
 fn audit_outcome(request: &Request, holder: &Holder, outcome: &Result<Grant, Failure>) {
     match outcome {
-        Ok(grant) => audit("grant", holder, serde_json::json!({
-            "request": request.to_string(), "token": grant.lease.token, "slices": audited(&grant.lease),
-        })),
-        Err(failure) => audit("refusal", holder, serde_json::json!({
-            "request": request.to_string(), "reason": failure.to_string(),
-        })),
+        Ok(grant) => audit(
+            "grant",
+            holder,
+            serde_json::json!({
+                "request": request.to_string(), "token": grant.lease.token, "slices": audited(&grant.lease),
+            }),
+        ),
+        Err(failure) => audit(
+            "refusal",
+            holder,
+            serde_json::json!({
+                "request": request.to_string(), "reason": failure.to_string(),
+            }),
+        ),
     }
 }
 
@@ -830,10 +868,14 @@ fn refused(request: &Request, failure: Failure) -> Failure {
 }
 
 fn audit_release(lease: &Lease) {
-    audit("release", &lease.holder, serde_json::json!({
-        "token": lease.token, "reason": lease.reason, "slices": audited(lease),
-        "held_ms": host::boot_ms().saturating_sub(lease.created_boot_ms),
-    }));
+    audit(
+        "release",
+        &lease.holder,
+        serde_json::json!({
+            "token": lease.token, "reason": lease.reason, "slices": audited(lease),
+            "held_ms": host::boot_ms().saturating_sub(lease.created_boot_ms),
+        }),
+    );
 }
 
 fn audited(lease: &Lease) -> serde_json::Value {

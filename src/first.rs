@@ -128,8 +128,26 @@ const VERB_VALUES: [&str; 27] = [
 ];
 /// Every verb of runc, crun and youki: what tells an unknown option's value from the verb.
 const VERBS: [&str; 20] = [
-    "checkpoint", "create", "delete", "events", "exec", "features", "help", "init", "kill", "list", "mounts", "pause",
-    "ps", "restore", "resume", "run", "spec", "start", "state", "update",
+    "checkpoint",
+    "create",
+    "delete",
+    "events",
+    "exec",
+    "features",
+    "help",
+    "init",
+    "kill",
+    "list",
+    "mounts",
+    "pause",
+    "ps",
+    "restore",
+    "resume",
+    "run",
+    "spec",
+    "start",
+    "state",
+    "update",
 ];
 
 /// Reads a runtime's command line without argv\[0\]. Pure. A container may be named `create`, and `exec ID CMD --log x`
@@ -498,9 +516,8 @@ pub fn low_level_runtime(plan: &Plan, configured: Option<&Path>) -> Result<PathB
 fn installed(name: &str) -> Option<PathBuf> {
     let ourselves = std::fs::metadata("/proc/self/exe").map(|m| (m.dev(), m.ino())).ok();
     RUNTIME_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| {
-        path.metadata().is_ok_and(|m| {
-            m.is_file() && m.permissions().mode() & 0o111 != 0 && Some((m.dev(), m.ino())) != ourselves
-        })
+        path.metadata()
+            .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0 && Some((m.dev(), m.ino())) != ourselves)
     })
 }
 
@@ -550,15 +567,35 @@ mod tests {
     fn real_command_lines() {
         let cases: &[(&str, Verb, Option<&str>, Option<&str>)] = &[
             // docker and containerd
-            ("--root /r --log /b/log.json --log-format json create --bundle /b --pid-file /b/init.pid c1", Verb::Create, Some("/b"), Some("c1")),
-            ("--root /r --log /b/log.json --log-format json --systemd-cgroup create --bundle /b c1", Verb::Create, Some("/b"), Some("c1")),
+            (
+                "--root /r --log /b/log.json --log-format json create --bundle /b --pid-file /b/init.pid c1",
+                Verb::Create,
+                Some("/b"),
+                Some("c1"),
+            ),
+            (
+                "--root /r --log /b/log.json --log-format json --systemd-cgroup create --bundle /b c1",
+                Verb::Create,
+                Some("/b"),
+                Some("c1"),
+            ),
             ("--root /r --log=/b/log.json --log-format=json start c1", Verb::Other, None, None),
             ("--root /r delete --force c1", Verb::Delete, None, Some("c1")),
             ("--root /r exec --process /tmp/p --detach --pid-file /tmp/f c1", Verb::Exec, None, Some("c1")),
             // conmon
-            ("create --bundle /b --pid-file /p --console-socket /s --preserve-fds 2 c1", Verb::Create, Some("/b"), Some("c1")),
+            (
+                "create --bundle /b --pid-file /p --console-socket /s --preserve-fds 2 c1",
+                Verb::Create,
+                Some("/b"),
+                Some("c1"),
+            ),
             ("kill c1 15", Verb::Other, None, None),
-            ("restore --bundle /b --pid-file /p --detach --image-path /i --work-path /w c1", Verb::Restore, Some("/b"), Some("c1")),
+            (
+                "restore --bundle /b --pid-file /p --detach --image-path /i --work-path /w c1",
+                Verb::Restore,
+                Some("/b"),
+                Some("c1"),
+            ),
             // by hand
             ("run c1", Verb::Run, None, Some("c1")),
             ("create -b /b create", Verb::Create, Some("/b"), Some("create")),
@@ -619,9 +656,21 @@ mod tests {
             (r#"{"process":{"env":["MIG_PROFILE=1g.10gb"]}}"#, true, Asked::Something),
             (r#"{"process":{"env":["MIG_PROFILE=1g.10gb"]}}"#, false, Asked::Nothing),
             (r#"{"process":{"env":["MIG_OTHER=1","PATH=/bin"]}}"#, true, Asked::Nothing),
-            (r#"{"annotations":{"mig.profile":"1g.10gb","io.kubernetes.cri.container-type":"sandbox"}}"#, true, Asked::Nothing),
-            (r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"sandbox","mig.profile":"x"}}"#, true, Asked::Nothing),
-            (r#"{"annotations":{"io.kubernetes.cri.container-type":"container","mig.profile":"x"}}"#, false, Asked::Something),
+            (
+                r#"{"annotations":{"mig.profile":"1g.10gb","io.kubernetes.cri.container-type":"sandbox"}}"#,
+                true,
+                Asked::Nothing,
+            ),
+            (
+                r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"sandbox","mig.profile":"x"}}"#,
+                true,
+                Asked::Nothing,
+            ),
+            (
+                r#"{"annotations":{"io.kubernetes.cri.container-type":"container","mig.profile":"x"}}"#,
+                false,
+                Asked::Something,
+            ),
             (r#"{"annotations":{"mig.x":"1"},"annotations":{}}"#, false, Asked::Unclear),
             (r#"{"annotations":[]}"#, false, Asked::Unclear),
             (r#"{"#, false, Asked::Unclear),

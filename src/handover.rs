@@ -87,9 +87,8 @@ pub fn exec(program: &Path, argv: &[OsString], env: &[OsString]) -> io::Error {
         Ok(strings) => strings,
         Err(error) => return error,
     };
-    let pointers = |list: &[CString]| {
-        list.iter().map(|s| s.as_ptr()).chain(std::iter::once(std::ptr::null())).collect::<Vec<_>>()
-    };
+    let pointers =
+        |list: &[CString]| list.iter().map(|s| s.as_ptr()).chain(std::iter::once(std::ptr::null())).collect::<Vec<_>>();
     let (argv_ptrs, env_ptrs) = (pointers(&argv), pointers(&env));
     // SAFETY: both arrays are null-terminated and point into strings that live until exec has replaced us or failed.
     unsafe { libc::execve(path.as_ptr(), argv_ptrs.as_ptr(), env_ptrs.as_ptr()) };

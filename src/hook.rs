@@ -57,10 +57,14 @@ fn run(call: &Call, settings: &Settings) -> Result<()> {
         ))
         .into()),
         // These run in the container's world, with its root, its environment or both.
-        (stage @ ("createContainer" | "startContainer"), _) => {
-            Err(Refused(format!("mig-hook does not run as a {stage} hook: that stage is under the container's control")).into())
+        (stage @ ("createContainer" | "startContainer"), _) => Err(Refused(format!(
+            "mig-hook does not run as a {stage} hook: that stage is under the container's control"
+        ))
+        .into()),
+        (stage, _) => {
+            Err(Misused(format!("unknown hook stage {stage:?}; valid are precreate, createRuntime and poststop"))
+                .into())
         }
-        (stage, _) => Err(Misused(format!("unknown hook stage {stage:?}; valid are precreate, createRuntime and poststop")).into()),
     }
 }
 
@@ -77,7 +81,13 @@ fn parse(args: &[OsString]) -> Result<Call> {
                 call.lease = Some(plain.ok_or_else(|| Misused("--lease is no lease token".into()))?.to_owned());
             }
             Some(stage) if !stage.starts_with('-') && call.stage.is_empty() => call.stage = stage.to_owned(),
-            _ => return Err(Misused(format!("unexpected argument {:?}; usage: mig-hook [--config FILE] STAGE [--lease TOKEN]", word)).into()),
+            _ => {
+                return Err(Misused(format!(
+                    "unexpected argument {:?}; usage: mig-hook [--config FILE] STAGE [--lease TOKEN]",
+                    word
+                ))
+                .into());
+            }
         }
     }
     Ok(call)
@@ -117,7 +127,9 @@ pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind:
     let given: Vec<Given> = lease
         .slices
         .iter()
-        .filter_map(|s| Some(Given { uuid: s.uuid.as_deref()?, gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] }))
+        .filter_map(|s| {
+            Some(Given { uuid: s.uuid.as_deref()?, gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] })
+        })
         .collect();
     let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
     let nodes = edits::nodes(&given, grant.majors, |name, major, minor| host.node_mode(name, major, minor));
@@ -139,7 +151,8 @@ pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind:
 /// Releases what a failure after acquire leaves over.
 pub(crate) fn give_back(settings: &Settings, token: &str) {
     let nvml = Nvml::at(&settings.nvml);
-    let released = Engine::open(settings, &nvml).and_then(|engine| engine.release(token, None, "the container could not be set up"));
+    let released = Engine::open(settings, &nvml)
+        .and_then(|engine| engine.release(token, None, "the container could not be set up"));
     if let Err(error) = released {
         tracing::error!(token, "cannot give the slice back, migctl gc will: {error}");
     }
@@ -151,7 +164,13 @@ fn hook_program() -> Result<PathBuf> {
     let dir = engine.parent().unwrap_or(Path::new("/"));
     let places = [dir.join("mig-hook"), dir.join("../oci/hooks.d/mig-hook")];
     let found = places.iter().find_map(|path| path.canonicalize().ok());
-    found.with_context(|| format!("mig-hook is neither at {} nor at {}; is it installed completely?", places[0].display(), places[1].display()))
+    found.with_context(|| {
+        format!(
+            "mig-hook is neither at {} nor at {}; is it installed completely?",
+            places[0].display(),
+            places[1].display()
+        )
+    })
 }
 
 /// String annotations of a config.
@@ -193,7 +212,8 @@ fn bind(settings: &Settings, token: &str) -> Result<()> {
     let words = host::command_line(caller);
     let plan = first::plan(words.get(1..).unwrap_or_default().iter().cloned());
     let bundle = Some(state.bundle().clone()).filter(|b| b.is_absolute() && b.parent().is_some());
-    let binding = Binding { container: state.id().clone(), pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
+    let binding =
+        Binding { container: state.id().clone(), pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
     let nvml = Nvml::at(&settings.nvml);
     Ok(Engine::open(settings, &nvml)?.confirm(token, &binding)?)
 }
@@ -204,7 +224,9 @@ fn poststop(settings: &Settings, token: &str) -> Result<()> {
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     match engine.release(token, Some(state.id()), "its container has ended")? {
-        Released::Busy { reason } => tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}"),
+        Released::Busy { reason } => {
+            tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
+        }
         outcome => tracing::debug!(token, ?outcome, "poststop"),
     }
     Ok(())
@@ -222,4 +244,3 @@ fn tell(reason: &str, to_parent: bool) {
         }
     }
 }
-

@@ -107,7 +107,9 @@ impl Host {
         let need = |found: Option<u32>, name: &str| {
             found.ok_or_else(|| HostError::Content {
                 path: path.display().to_string(),
-                what: format!("has no character device {name}: the NVIDIA driver is not loaded; load it with: modprobe nvidia"),
+                what: format!(
+                    "has no character device {name}: the NVIDIA driver is not loaded; load it with: modprobe nvidia"
+                ),
             })
         };
         Ok(Majors {
@@ -363,7 +365,11 @@ mod tests {
         assert!(error.contains("modprobe nvidia-uvm"), "{error}");
         let tool = dir.path().join("usr/bin/nvidia-modprobe");
         fs::create_dir_all(tool.parent().unwrap()).unwrap();
-        fs::write(&tool, format!("#!/bin/sh\n[ \"$*\" = '-u -c 0' ] && echo '510 nvidia-uvm' >> {}\n", devices.display())).unwrap();
+        fs::write(
+            &tool,
+            format!("#!/bin/sh\n[ \"$*\" = '-u -c 0' ] && echo '510 nvidia-uvm' >> {}\n", devices.display()),
+        )
+        .unwrap();
         fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
         assert_eq!(host.majors().unwrap().uvm, Some(510));
     }

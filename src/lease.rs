@@ -238,11 +238,17 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
     match facts.init {
         Init::Alive if facts.bundle_exists || facts.owner_alive => Verdict::Keep("its container is alive"),
         Init::Alive => Verdict::Orphan,
-        Init::Dead if facts.held => Verdict::Keep("init is dead, but a process of its cgroup or with its devices open lives"),
+        Init::Dead if facts.held => {
+            Verdict::Keep("init is dead, but a process of its cgroup or with its devices open lives")
+        }
         Init::Dead => Verdict::Free("its container is gone"),
         // The owner of a shim's lease becomes the runtime itself: while it lives, `create` is under way.
-        Init::Unknown if facts.owner_alive && lease.holder.way == Way::Shim => Verdict::Keep("its container is being created"),
-        Init::Unknown if facts.owner_alive && facts.age_ms <= UNBOUND_LIMIT_MS => Verdict::Keep("its container is being created"),
+        Init::Unknown if facts.owner_alive && lease.holder.way == Way::Shim => {
+            Verdict::Keep("its container is being created")
+        }
+        Init::Unknown if facts.owner_alive && facts.age_ms <= UNBOUND_LIMIT_MS => {
+            Verdict::Keep("its container is being created")
+        }
         Init::Unknown if facts.owner_alive => Verdict::Free("no container was started with it for 120 s"),
         Init::Unknown => Verdict::Free("the process that asked for it died before a container was started"),
     }

@@ -22,15 +22,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::gpu::{Device, Placement, Profile, ProfileId};
 use crate::profile;
-use crate::request::{self, GpuSelector, Want};
+use crate::request::{self, Want};
 
 /// Placements that are tried for one request before it is given up: greedy needs one for each slice, the rest is for
 /// going back on an earlier choice.
 const TRIALS: u32 = 20_000;
 /// The same for the question whether the request fits when nothing else runs, asked only for a refusal.
 const TRIALS_WHEN_EMPTY: u32 = 2_000;
-/// Most sets of blockers in a refusal.
+/// Most sets of blockers in a refusal, and in its text.
 const MAX_BLOCKER_SETS: usize = 8;
+const MAX_BLOCKERS_SHOWN: usize = 3;
 
 /// Which of the free placements is taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -133,7 +134,7 @@ pub struct Holding {
     pub held: Vec<Held>,
 }
 
-/// Why nothing was placed. As text it is one sentence; who holds the windows is for the caller to add.
+/// Why nothing was placed. [`NoPlace::explain`] puts it in words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoPlace {
     /// The kind of refusal.
@@ -148,47 +149,38 @@ pub struct NoPlace {
     pub smallest_blockers: Vec<Vec<Held>>,
 }
 
-impl fmt::Display for NoPlace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl NoPlace {
+    /// The refusal in words, with what `holder` says of each taken window, and whose end would make room.
+    pub fn explain(&self, holder: impl Fn(&Held) -> String) -> String {
         let wanted = &self.wanted;
-        match &self.reason {
-            Reason::NotOffered { text } => return f.write_str(text),
+        let mut text = match &self.reason {
+            Reason::NotOffered { text } => return text.clone(),
             Reason::NeverFits => {
-                return write!(f, "{wanted} is more than the GPUs here hold, even with nothing else on them");
+                return format!("{wanted} is more than the GPUs here hold, even with nothing else on them");
             }
-            Reason::NoRoom => write!(f, "no room for {wanted}")?,
+            Reason::NoRoom => format!("no room for {wanted}"),
             Reason::Fragmented => {
-                write!(
-                    f,
+                format!(
                     "no room for {wanted} as the running slices lie (fragmented: moved together, they would leave room)"
-                )?;
+                )
             }
-        }
+        };
+        let who = |held: &Held| format!("{held} ({})", holder(held));
         for (n, holding) in self.holding.iter().enumerate() {
-            write!(f, "{} {holding}", if n == 0 { ":" } else { ";" })?;
+            let held: Vec<String> = holding.held.iter().map(who).collect();
+            let held = if held.is_empty() { "nothing".to_owned() } else { held.join(", ") };
+            text += &format!("{} {} holds {held}", if n == 0 { ":" } else { ";" }, holding.label);
         }
-        Ok(())
-    }
-}
-
-impl std::error::Error for NoPlace {}
-
-impl fmt::Display for Holding {
-    /// `GPU 0 (NVIDIA A30) holds 2g.12gb at 0:2 and 1g.6gb at 2:1`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} holds ", self.label)?;
-        if self.held.is_empty() {
-            return f.write_str("nothing");
+        let sets: Vec<String> = self
+            .smallest_blockers
+            .iter()
+            .take(MAX_BLOCKERS_SHOWN)
+            .map(|set| set.iter().map(who).collect::<Vec<_>>().join(" and "))
+            .collect();
+        match sets.is_empty() {
+            true => text,
+            false => format!("{text}; it would fit after the end of {}", sets.join(", or of ")),
         }
-        for (n, held) in self.held.iter().enumerate() {
-            let joint = match n {
-                0 => "",
-                n if n + 1 == self.held.len() => " and ",
-                _ => ", ",
-            };
-            write!(f, "{joint}{held}")?;
-        }
-        Ok(())
     }
 }
 
@@ -199,74 +191,31 @@ impl fmt::Display for Held {
     }
 }
 
-/// The profiles that serve each want on each GPU, or the refusal when there are none anywhere (or not on the GPU that
-/// was asked for).
-pub fn candidates<'a>(
-    rooms: &[Room<'a>],
-    wants: &[Want],
-    gpu: Option<&GpuSelector>,
-) -> Result<Vec<Candidates<'a>>, NoPlace> {
-    let allowed = |room: &Room<'_>| gpu.is_none_or(|gpu| gpu.matches(room.device));
-    let wanted = || request::format_wants(wants);
-    if let Some(gpu) = gpu
-        && !rooms.iter().any(allowed)
-    {
-        let here: Vec<String> = rooms.iter().map(|r| format!("{} {}", r.device.label(), r.device.pci_bus_id)).collect();
-        let text = format!(
-            "there is no GPU {gpu}; this host has {}",
-            if here.is_empty() { "none".to_owned() } else { here.join(", ") }
-        );
-        return Err(not_offered(wanted(), text));
-    }
+/// The profiles that serve each want on each GPU, or the refusal when there are none anywhere.
+pub fn candidates<'a>(rooms: &[Room<'a>], wants: &[Want]) -> Result<Vec<Candidates<'a>>, NoPlace> {
     let candidates_for = |want: &Want| {
         let find = |device: &'a Device| match want {
             Want::Profile(name) => profile::resolve_name(device, name),
             Want::Memory { bytes } => profile::resolve_memory(device, *bytes),
             Want::Uuid(_) => None,
         };
-        let per_room: Vec<_> = rooms.iter().map(|room| if allowed(room) { find(room.device) } else { None }).collect();
+        let per_room: Vec<_> = rooms.iter().map(|room| find(room.device)).collect();
         if per_room.iter().any(Option::is_some) {
             return Ok(Candidates { label: want.to_string(), per_room });
         }
-        let devices: Vec<&Device> = rooms.iter().filter(|room| allowed(room)).map(|room| room.device).collect();
+        let devices: Vec<&Device> = rooms.iter().map(|room| room.device).collect();
         let text = match want {
             Want::Profile(name) => profile::not_offered(&format!("profile {name}"), &devices),
             Want::Memory { .. } => profile::not_offered(&format!("a profile with at least {want}"), &devices),
             Want::Uuid(uuid) => format!("{uuid} names an existing slice: it can be found, not placed"),
         };
-        Err(not_offered(wanted(), text))
+        Err(not_offered(request::format_wants(wants), text))
     };
     wants.iter().map(candidates_for).collect()
 }
 
 fn not_offered(wanted: String, text: String) -> NoPlace {
     NoPlace { reason: Reason::NotOffered { text }, wanted, holding: Vec::new(), smallest_blockers: Vec::new() }
-}
-
-/// Places the first alternative that fits, and says which it was. When none fits, the refusal is that of the first
-/// alternative that is offered here at all, else of the first.
-pub fn place_first(
-    rooms: &[Room<'_>],
-    alternatives: &[Vec<Want>],
-    gpu: Option<&GpuSelector>,
-    policy: Policy,
-) -> Result<(usize, Vec<Choice>), NoPlace> {
-    let mut refusal: Option<NoPlace> = None;
-    for (n, wants) in alternatives.iter().enumerate() {
-        match candidates(rooms, wants, gpu).and_then(|candidates| place(rooms, &candidates, policy)) {
-            Ok(choices) => return Ok((n, choices)),
-            Err(other) => match &refusal {
-                Some(first) if !matches!(first.reason, Reason::NotOffered { .. }) => {}
-                Some(_) if matches!(other.reason, Reason::NotOffered { .. }) => {}
-                _ => refusal = Some(other),
-            },
-        }
-    }
-    let wanted = request::format_alternatives(alternatives);
-    Err(match refusal {
-        Some(refusal) => NoPlace { wanted, ..refusal },
-        None => not_offered(wanted, "the request names no slice".to_owned()),
-    })
 }
 
 /// Places all wanted slices or none; the choices come in the order of the wants.
@@ -785,7 +734,7 @@ mod tests {
 
     fn place_by(devices: &[Device], names: &[&str], policy: Policy) -> Result<Vec<Choice>, NoPlace> {
         let rooms = rooms(devices);
-        place(&rooms, &candidates(&rooms, &named(names), None)?, policy)
+        place(&rooms, &candidates(&rooms, &named(names))?, policy)
     }
 
     /// GPU index and start of each slice.
@@ -868,7 +817,7 @@ mod tests {
         // Memory finds 1g.10gb on the A100 and 1g.6gb on the A30; a slice of an A30 is worth 6, of an A100 10.
         let devices = [a100(0), a30(1)];
         let rooms = rooms(&devices);
-        let want = candidates(&rooms, &[Want::Memory { bytes: 5 << 30 }], None).unwrap();
+        let want = candidates(&rooms, &[Want::Memory { bytes: 5 << 30 }]).unwrap();
         let choice = &place(&rooms, &want, Policy::Scc).unwrap()[0];
         assert_eq!(
             (choice.gpu.as_str(), choice.profile_name.as_str(), choice.profile),
@@ -893,13 +842,13 @@ mod tests {
         let kept = Window { profile: None, placement: Placement { start: 6, size: 1 } };
         let of_the_instance = Window { profile: Some(ProfileId(5)), placement: Placement { start: 0, size: 4 } };
         let rooms = [Room { device: &gpu, occupied: vec![me, me, kept, of_the_instance] }];
-        let ask = |name: &str| place(&rooms, &candidates(&rooms, &named(&[name]), None).unwrap(), Policy::Scc);
+        let ask = |name: &str| place(&rooms, &candidates(&rooms, &named(&[name])).unwrap(), Policy::Scc);
         assert_eq!(ask("1g.10gb").unwrap()[0].placement, Placement { start: 5, size: 1 });
         let refusal = ask("1g.10gb+me").unwrap_err();
         assert_eq!(
-            refusal.to_string(),
-            "no room for 1g.10gb+me: GPU 0 (NVIDIA A100-SXM4-80GB) holds 4g.40gb at 0:4, 1g.10gb+me at 4:1 and a \
-             reservation at 6:1"
+            refusal.explain(|_| "c1".into()),
+            "no room for 1g.10gb+me: GPU 0 (NVIDIA A100-SXM4-80GB) holds 4g.40gb at 0:4 (c1), 1g.10gb+me at 4:1 (c1), \
+             a reservation at 6:1 (c1); it would fit after the end of 1g.10gb+me at 4:1 (c1)"
         );
         assert_eq!((refusal.holding[0].free, refusal.holding[0].slices), (2, 8));
     }
@@ -925,17 +874,25 @@ mod tests {
         let refusal = refused(&pieces, &["3g.40gb"]);
         assert_eq!(refusal.smallest_blockers.len(), 2, "either will do");
         assert!(
-            refusal.to_string().starts_with("no room for 3g.40gb as the running slices lie (fragmented: "),
-            "{refusal}"
+            refusal
+                .explain(|_| String::new())
+                .starts_with("no room for 3g.40gb as the running slices lie (fragmented: "),
+            "{refusal:?}"
         );
         let refusal = refused(&[a100(0)], &["4g.40gb", "4g.40gb"]);
         assert_eq!(refusal.reason, Reason::NeverFits);
-        assert_eq!(refusal.to_string(), "2x4g.40gb is more than the GPUs here hold, even with nothing else on them");
+        assert_eq!(
+            refusal.explain(|_| String::new()),
+            "2x4g.40gb is more than the GPUs here hold, even with nothing else on them"
+        );
         let devices: Vec<Device> = (0..16).map(a100).collect();
         assert_eq!(refused(&devices, &["2g.20gb"; 64]).reason, Reason::NeverFits, "more than can be searched through");
         let refusal = refused(&full, &["1g.6gb"]);
-        assert!(refusal.to_string().starts_with("profile 1g.6gb is not offered by GPU 0 (NVIDIA A100"), "{refusal}");
-        assert!(refused(&[], &["1g.6gb"]).to_string().contains("no GPU"));
+        assert!(
+            refusal.explain(|_| String::new()).starts_with("profile 1g.6gb is not offered by GPU 0 (NVIDIA A100"),
+            "{refusal:?}"
+        );
+        assert!(refused(&[], &["1g.6gb"]).explain(|_| String::new()).contains("no GPU"));
         let json = serde_json::to_string(&refusal).unwrap();
         assert_eq!(serde_json::from_str::<NoPlace>(&json).unwrap(), refusal);
     }
@@ -950,36 +907,6 @@ mod tests {
         let devices = [with(a100(0), &[("7g.80gb", 0)]), with(a100(1), &ones)];
         let sets = refused(&devices, &["3g.40gb", "3g.40gb"]).smallest_blockers;
         assert_eq!(sets.iter().map(|s| set(s)).collect::<Vec<_>>(), [["GPU-0 7g.80gb at 0:8"]]);
-    }
-
-    #[test]
-    fn a_gpu_can_be_asked_for() {
-        let devices = [a100(0), with(a100(1), &[("7g.80gb", 0)])];
-        let rooms = rooms(&devices);
-        let ask = |gpu| place_first(&rooms, &[named(&["1g.10gb"])], Some(&GpuSelector::Index(gpu)), Policy::Scc);
-        assert_eq!(ask(0).unwrap().1[0].gpu, "GPU-0");
-        let refusal = ask(1).unwrap_err();
-        assert_eq!(refusal.holding.len(), 1, "only the GPU asked for is named");
-        assert_eq!(refusal.reason, Reason::Fragmented, "the 7g could run on the other GPU");
-        assert!(ask(7).unwrap_err().to_string().starts_with("there is no GPU 7; this host has GPU 0 (NVIDIA A100"));
-    }
-
-    #[test]
-    fn alternatives_are_tried_in_order() {
-        let devices = [with(a100(0), &[("4g.40gb", 0)])];
-        let rooms = rooms(&devices);
-        let ask = |alternatives: &[&[&str]]| {
-            let alternatives: Vec<_> = alternatives.iter().map(|names| named(names)).collect();
-            place_first(&rooms, &alternatives, None, Policy::Scc)
-        };
-        let (n, choices) = ask(&[&["2g.10gb"], &["7g.80gb"], &["2g.20gb", "1g.10gb"], &["3g.40gb"]]).unwrap();
-        assert_eq!((n, choices.len()), (2, 2));
-        let refusal = ask(&[&["2g.10gb"], &["7g.80gb"], &["4g.40gb", "4g.40gb"]]).unwrap_err();
-        assert_eq!((refusal.reason, refusal.wanted.as_str()), (Reason::NoRoom, "2g.10gb|7g.80gb|2x4g.40gb"));
-        assert!(matches!(ask(&[&["2g.10gb"]]).unwrap_err().reason, Reason::NotOffered { .. }));
-        assert!(ask(&[]).is_err());
-        let uuid = place_first(&rooms, &[vec![Want::Uuid("MIG-x".to_owned())]], None, Policy::Scc).unwrap_err();
-        assert!(uuid.to_string().contains("existing slice"));
     }
 
     #[test]
@@ -1021,7 +948,7 @@ mod tests {
                 if wants.len() > 7 * gpus {
                     continue;
                 }
-                let wants = candidates(&rooms, &named(&wants), None).unwrap();
+                let wants = candidates(&rooms, &named(&wants)).unwrap();
                 let fits = fits_repacked(&boards, &vec![Vec::new(); gpus], &wants);
                 assert_eq!(fits, closed(gpus, counts), "{counts:?} on {gpus}");
             }

@@ -138,8 +138,12 @@ pub fn start_logging(settings: &Settings, person: bool) {
     let level = settings.level.parse().unwrap_or(Level::INFO);
     let sink = if person { Sink::Stderr } else { Sink::Socket(settings.log_socket.clone()) };
     let lines = Lines { sink, audit: settings.audit_file.clone() };
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(level).with_ansi(false).event_format(Plain).with_writer(lines).finish();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .event_format(Plain)
+        .with_writer(lines)
+        .finish();
     let _ = tracing::subscriber::set_global_default(subscriber); // a second call in a test process changes nothing
 }
 
@@ -192,7 +196,8 @@ impl io::Write for Line<'_> {
             Sink::Socket(path) => to_socket(path, self.level, &format!("mig-hook: {}", line.trim_end())),
         }
         if let Some(path) = self.lines.audit.as_deref().filter(|_| self.audit) {
-            let append = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(path);
+            let append =
+                OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(path);
             // One write: lines of concurrent processes don't mix.
             append.and_then(|mut file| file.write_all(text))?;
         }
@@ -235,9 +240,9 @@ pub fn sentence(error: &anyhow::Error) -> String {
 /// Appends a runc-style error record to the runtime's `--log` file, the only place where docker and containerd look. The
 /// file may lie in a directory of the engine's: a link in its place is not followed.
 pub fn to_runtime_log(log: &Path, json: bool, message: &str) {
-    let time = rfc3339(crate::host::wall_ms() / 1000);
+    let time = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
     let line = match json {
-        true => serde_json::json!({"level": "error", "msg": message, "time": time}).to_string(),
+        true => serde_json::json!({"level": "error", "msg": message, "time": time.to_string()}).to_string(),
         false => format!("time=\"{time}\" level=error msg={message:?}"),
     };
     let mut options = OpenOptions::new();
@@ -245,32 +250,9 @@ pub fn to_runtime_log(log: &Path, json: bool, message: &str) {
     let _ = options.open(log).and_then(|mut file| writeln!(file, "{line}"));
 }
 
-/// Seconds since 1970 as `2026-11-22T10:00:00Z`: what runc writes and logrus reads. (Days to date after Howard Hinnant,
-/// <https://howardhinnant.github.io/date_algorithms.html>.)
-pub fn rfc3339(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let day_of_era = z % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_as_logrus_writes_them() {
-        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(rfc3339(1_795_347_296), "2026-11-22T12:34:56Z");
-    }
 
     #[test]
     fn the_record_is_one_that_containerd_reads() {
@@ -278,7 +260,10 @@ mod tests {
         let log = dir.path().join("log.json");
         to_runtime_log(&log, true, "no room for \"7g.80gb\"");
         let record: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&log).unwrap()).unwrap();
-        assert_eq!((record["level"].as_str(), record["msg"].as_str()), (Some("error"), Some("no room for \"7g.80gb\"")));
+        assert_eq!(
+            (record["level"].as_str(), record["msg"].as_str()),
+            (Some("error"), Some("no room for \"7g.80gb\""))
+        );
     }
 
     #[test]

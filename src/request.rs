@@ -161,6 +161,14 @@ pub enum RequestError {
         /// The annotation, safe to print.
         key: String,
     },
+    /// `mig.profile/NAME` where the engine does not tell the container's name.
+    #[error("{key} names one container of a pod, but this engine does not tell which this one is; use {base} instead")]
+    NoName {
+        /// The annotation, safe to print.
+        key: String,
+        /// The key without a name.
+        base: &'static str,
+    },
     /// A value that can't be read.
     #[error("{key}: {problem}")]
     Value {
@@ -185,7 +193,8 @@ pub enum RequestError {
 ///
 /// Every key under `mig.` must be known; `mig.lease` is ours and skipped. As soon as one key carries a container's name
 /// (whosever), the unnamed keys apply to nobody, so that a sidecar never gets a slice by accident. Values that apply to
-/// other containers are not looked at. Without a `container_name`, named keys address somebody else.
+/// other containers are not looked at. Where the engine does not tell a `container_name`, named keys are refused: nobody
+/// could say whether they mean this container, and it must not start without the slice that was meant for it.
 pub fn from_annotations<'a>(
     annotations: impl Iterator<Item = (&'a str, &'a str)>,
     container_name: Option<&str>,
@@ -210,7 +219,10 @@ pub fn from_annotations<'a>(
             return Err(RequestError::ContainerName { key: shown(key) });
         }
         any_named = true;
-        if container_name == Some(name) {
+        let Some(own_name) = container_name else {
+            return Err(RequestError::NoName { key: shown(key), base: known.annotation() });
+        };
+        if own_name == name {
             named.put(known, key, value)?;
         }
     }
@@ -227,11 +239,6 @@ pub fn from_env<'a>(vars: impl Iterator<Item = &'a str>) -> Result<Option<Reques
         }
     }
     asked.request()
-}
-
-/// The request that counts: the annotations' as a whole, else the environment's.
-pub fn merge(annotations: Option<Request>, environment: Option<Request>) -> Option<Request> {
-    annotations.or(environment)
 }
 
 /// The keys of a request.
@@ -475,30 +482,11 @@ fn unknown_key(key: &str, base: &str) -> RequestError {
     let mut valid: Vec<&str> = Key::ALL.into_iter().map(Key::annotation).collect();
     let tried: String = base.chars().take(MAX_SHOWN).collect();
     // A stable sort: keys that are equally far away stay in their usual order, and far-off keys move nothing.
-    valid.sort_by_key(|known| match distance(&tried, known) {
+    valid.sort_by_key(|known| match strsim::levenshtein(&tried, known) {
         near @ 0..=3 => near,
         _ => usize::MAX,
     });
     RequestError::UnknownKey { key: shown(key), valid: valid.join(", ") }
-}
-
-/// Levenshtein distance: single characters put in, left out or changed.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, y) in row.iter_mut().skip(1).zip(b.chars()) {
-            let here = (diagonal + usize::from(x != y)).min(*cell + 1).min(left + 1);
-            diagonal = *cell;
-            left = here;
-            *cell = here;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
-    }
-    row.last().copied().unwrap_or(0)
 }
 
 /// A stranger's text, safe for a terminal and a log line: printable ASCII, the rest as `?`, and not much of it.
@@ -679,7 +667,8 @@ mod tests {
         let ask = |name| from_annotations(pod.iter().copied(), name);
         assert_eq!(ask(Some("web")).unwrap().unwrap().alternatives, [profiles(&["1g.10gb"])]);
         assert_eq!(ask(Some("sidecar")), Ok(None), "a named key switches the unnamed off");
-        assert_eq!(ask(None), Ok(None));
+        let unnamed = ask(None).unwrap_err().to_string();
+        assert!(unnamed.starts_with("mig.profile/web names one container of a pod"), "{unnamed}");
         assert!(ask(Some("db")).unwrap_err().to_string().starts_with("mig.memory/db: 'not looked at'"));
         let gpu_only = [("mig.profile", "1g.10gb"), ("mig.gpu/web", "0")];
         assert_eq!(from_annotations(gpu_only.into_iter(), Some("db")), Ok(None));
@@ -707,25 +696,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn an_annotation_wins() {
-        let one = annotations(&[("mig.profile", "1g.10gb")]).unwrap();
-        let other = from_env(["MIG_PROFILE=2g.20gb"].into_iter()).unwrap();
-        assert_eq!(merge(one.clone(), other.clone()), one);
-        assert_eq!(merge(None, other.clone()), other);
-        assert_eq!(merge(None, None), None);
-    }
-
-    #[test]
-    fn distances() {
-        for (a, b, expected) in
-            [("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("ab", "ba", 2)]
-        {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
-        }
-    }
-
-    /// Requests that the grammar can express.
     fn request() -> impl Strategy<Value = Request> {
         let profile = "[1-9]g\\.[1-9][0-9]{0,2}gb(\\+me|\\+me\\.all|\\+gfx|-me)?".prop_map(Want::Profile);
         let memory = (1_u64..1 << 40).prop_map(|bytes| Want::Memory { bytes });

@@ -78,7 +78,9 @@ fn refuse(plan: &Plan, error: &anyhow::Error) -> i32 {
 fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
     if !plan.own.unknown.is_empty() {
         let unknown = plan.own.unknown.join(", ");
-        return Err(Misused(format!("unknown option {unknown}; valid are --mig-env, --mig-config and --mig-runtime")).into());
+        return Err(
+            Misused(format!("unknown option {unknown}; valid are --mig-env, --mig-config and --mig-runtime")).into()
+        );
     }
     let path = first::config_path(plan);
     let shown = path.display().to_string();
@@ -93,10 +95,11 @@ fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
     let holder = holder(plan, settings, &value)?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    if let Some(token) = edits::marked(&value).filter(|token| first::plain_name(token) && edits::carries_lease(&value, token)) {
-        if engine.adopt(token, &holder)? {
-            return Ok(None); // podman's hook was here before us and releases by the same token
-        }
+    let believable = |token: &&str| first::plain_name(token) && edits::carries_lease(&value, token);
+    if let Some(token) = edits::marked(&value).filter(believable)
+        && engine.adopt(token, &holder)?
+    {
+        return Ok(None); // podman's hook was here before us and releases by the same token
     }
     let grant = engine.acquire(&request, &holder)?;
     let token = grant.lease.token.clone();
@@ -118,16 +121,19 @@ fn requested(plan: &Plan, settings: &Settings, config: &Value) -> Result<Option<
     let vars = config.pointer("/process/env").and_then(Value::as_array);
     let environment = request::from_env(vars.into_iter().flatten().filter_map(Value::as_str))?;
     match environment {
-        Some(_) if !settings.environment => {
-            Err(Refused("requests in the environment are switched off here (requests.environment); use an annotation".into()).into())
-        }
+        Some(_) if !settings.environment => Err(Refused(
+            "requests in the environment are switched off here (requests.environment); use an annotation".into(),
+        )
+        .into()),
         other => Ok(other),
     }
 }
 
 fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
     let id = plan.id.as_ref().and_then(|id| id.to_str()).filter(|id| first::plain_name(id));
-    let id = id.ok_or_else(|| Refused(format!("the container id {:?} is not a plain name", plan.id.clone().unwrap_or_default())))?;
+    let id = id.ok_or_else(|| {
+        Refused(format!("the container id {:?} is not a plain name", plan.id.clone().unwrap_or_default()))
+    })?;
     let absolute = |path: &PathBuf| std::path::absolute(path).ok();
     let mut holder = engine::new_holder(Way::Shim, std::process::id());
     holder.container = Some(id.to_owned());
@@ -143,7 +149,10 @@ fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
 fn restore(plan: &Plan) -> Result<()> {
     let path = first::config_path(plan);
     let shown = path.display().to_string();
-    Err(Refused(format!("{shown} asks for a MIG slice; a checkpointed container can't get its GPU state back, so it is not restored")).into())
+    Err(Refused(format!(
+        "{shown} asks for a MIG slice; a checkpointed container can't get its GPU state back, so it is not restored"
+    ))
+    .into())
 }
 
 /// Adds the slice's environment to a process that joins its container: engines build it from the image's.
@@ -167,7 +176,9 @@ fn delete(plan: &Plan, settings: &Settings, env: &[OsString]) -> i32 {
     };
     let code = match runtime::run(&low_level, &plan.rest, env) {
         Ok(code) => code,
-        Err(error) => return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display()))),
+        Err(error) => {
+            return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display())));
+        }
     };
     if let Err(error) = release_after_delete(plan, settings, code == 0) {
         tracing::error!("after delete: {}", report::sentence(&error));
@@ -184,7 +195,9 @@ fn release_after_delete(plan: &Plan, settings: &Settings, deleted: bool) -> Resu
         return Ok(());
     }
     match engine.release(&lease.token, Some(id), "its container was deleted")? {
-        Released::Busy { reason } => tracing::warn!(token = %lease.token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}"),
+        Released::Busy { reason } => {
+            tracing::warn!(token = %lease.token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
+        }
         outcome => tracing::debug!(token = %lease.token, ?outcome, "delete"),
     }
     Ok(())
@@ -220,9 +233,13 @@ mod tests {
     #[test]
     fn an_id_that_is_no_plain_name_is_refused() {
         for id in ["../c1", "a/b", ".."] {
-            let error = holder(&plan(&format!("create --bundle /b {id}")), &Settings::default(), &json!({})).unwrap_err();
+            let error =
+                holder(&plan(&format!("create --bundle /b {id}")), &Settings::default(), &json!({})).unwrap_err();
             assert!(error.to_string().contains("not a plain name"), "{error}");
         }
-        assert_eq!(host::process(std::process::id()), holder(&plan("create -b /b c1"), &Settings::default(), &json!({})).unwrap().owner);
+        assert_eq!(
+            host::process(std::process::id()),
+            holder(&plan("create -b /b c1"), &Settings::default(), &json!({})).unwrap().owner
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! Keeps the layers of src/lib.rs true, and `unsafe` where it belongs.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -51,13 +53,18 @@ fn uses(text: &str) -> Vec<String> {
 #[test]
 fn rows_use_rows_below_only() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let rows: BTreeMap<&str, (usize, bool)> =
-        ROWS.iter().enumerate().flat_map(|(n, (_, modules, own))| modules.iter().map(move |m| (*m, (n, *own)))).collect();
+    let rows: BTreeMap<&str, (usize, bool)> = ROWS
+        .iter()
+        .enumerate()
+        .flat_map(|(n, (_, modules, own))| modules.iter().map(move |m| (*m, (n, *own))))
+        .collect();
     let mut wrong = Vec::new();
     let mut seen = 0;
     for file in sources(&src).iter().filter(|f| !f.starts_with(src.join("bin")) && !f.ends_with("lib.rs")) {
         let this = module(&src, file);
-        let (row, own) = *rows.get(this.as_str()).unwrap_or_else(|| panic!("{} has no row in the diagram of src/lib.rs", file.display()));
+        let (row, own) = *rows
+            .get(this.as_str())
+            .unwrap_or_else(|| panic!("{} has no row in the diagram of src/lib.rs", file.display()));
         for used in uses(&std::fs::read_to_string(file).unwrap()).iter().filter(|used| **used != this) {
             let Some((below, _)) = rows.get(used.as_str()) else { continue };
             seen += 1;
@@ -84,10 +91,12 @@ fn first_stages_use_nothing_but_the_start_row() {
 #[test]
 fn unsafe_is_in_two_files() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let word = |text: &str| text.lines().any(|line| {
-        let code = line.split("//").next().unwrap();
-        code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe")
-    });
+    let word = |text: &str| {
+        text.lines().any(|line| {
+            let code = line.split("//").next().unwrap();
+            code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe")
+        })
+    };
     let with: Vec<String> = sources(&src)
         .iter()
         .filter(|file| word(&std::fs::read_to_string(file).unwrap()))

@@ -197,7 +197,9 @@ impl Machine {
     fn read(&self, head: Head) -> Result<Arc<Snapshot>, Error> {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         match cache.as_ref() {
-            Some(known) if known.generation == head.generation && head.generation % 2 == 0 => Ok(Arc::clone(known)),
+            Some(known) if known.generation == head.generation && head.generation.is_multiple_of(2) => {
+                Ok(Arc::clone(known))
+            }
             _ => {
                 let fresh = Arc::new(Snapshot {
                     generation: head.generation,

@@ -44,15 +44,25 @@ pub fn seal(dir: &Path) -> io::Result<()> {
 
 fn match_dirs(parent: &Path, wanted: &BTreeMap<String, u32>) -> io::Result<()> {
     let mut missing = wanted.clone();
+    let mut extra = Vec::new();
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if missing.remove(&name).is_none() && entry.file_type()?.is_dir() {
-            // Out of the way in one step: half a directory would pass for the next instance of that id.
-            let old = parent.join(format!(".{}.old", name.trim_start_matches('.')));
-            fs::rename(entry.path(), &old)?;
-            fs::remove_dir_all(&old)?;
+            extra.push(name);
         }
+    }
+    // Dots come first: what a killed process left under the names used below.
+    extra.sort();
+    for name in extra {
+        let mut path = parent.join(&name);
+        if !name.starts_with('.') {
+            // Out of the way in one step: half a directory would pass for the next instance of that id.
+            let old = parent.join(format!(".{name}.old"));
+            fs::rename(&path, &old)?;
+            path = old;
+        }
+        fs::remove_dir_all(path)?;
     }
     for (name, minor) in missing {
         // Complete before it is seen: readers take the directory as proof of the instance.

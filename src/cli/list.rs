@@ -84,7 +84,9 @@ fn gpu_row(device: &Device, leases: &[Lease]) -> GpuRow {
 fn slice_row(device: &Device, instance: &Instance, leases: &[Lease]) -> SliceRow {
     let here = |lease: &&Lease| {
         let mut slices = lease.slices.iter();
-        slices.any(|s| s.gpu == device.uuid && s.placement == instance.placement && s.gi.is_none_or(|gi| gi == instance.id))
+        slices.any(|s| {
+            s.gpu == device.uuid && s.placement == instance.placement && s.gi.is_none_or(|gi| gi == instance.id)
+        })
     };
     let lease = leases.iter().find(here);
     let profile = device.profile(instance.profile);

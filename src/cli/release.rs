@@ -31,7 +31,10 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let lease = find(&engine.leases()?, &args.name)?;
     if engine.is_alive(&lease) {
         let who = lease.held_by();
-        return Err(Failure::NotAllowed(format!("{who} is alive and keeps its slice; stop it first, then nothing is left to release")).into());
+        return Err(Failure::NotAllowed(format!(
+            "{who} is alive and keeps its slice; stop it first, then nothing is left to release"
+        ))
+        .into());
     }
     let answer = Answer { released: engine.release(&lease.token, None, "released by migctl")?, token: lease.token };
     super::print(&answer, json, text)?;
@@ -43,10 +46,13 @@ fn find(leases: &[Lease], name: &str) -> Result<Lease> {
     if let Some(lease) = leases.iter().find(|l| l.token == name || container(l) == name) {
         return Ok(lease.clone());
     }
-    let mut fits = leases.iter().filter(|l| !name.is_empty() && (l.token.starts_with(name) || container(l).starts_with(name)));
+    let mut fits =
+        leases.iter().filter(|l| !name.is_empty() && (l.token.starts_with(name) || container(l).starts_with(name)));
     match (fits.next(), fits.next()) {
         (Some(lease), None) => Ok(lease.clone()),
-        (Some(_), Some(_)) => bail!(Failure::BadRequest(format!("{name:?} fits more than one lease; give more of it, see migctl leases"))),
+        (Some(_), Some(_)) => {
+            bail!(Failure::BadRequest(format!("{name:?} fits more than one lease; give more of it, see migctl leases")))
+        }
         (None, _) => bail!(Failure::BadRequest(format!("there is no lease or container {name:?}; see migctl leases"))),
     }
 }
@@ -55,7 +61,9 @@ fn text(answer: &Answer) -> String {
     let token = &answer.token;
     match &answer.released {
         Released::Done | Released::Unknown => format!("lease {token} is released"),
-        Released::Busy { reason } => format!("lease {token} is marked for release, but {reason}; run migctl gc when that has ended"),
+        Released::Busy { reason } => {
+            format!("lease {token} is marked for release, but {reason}; run migctl gc when that has ended")
+        }
         Released::Announced => format!("lease {token} is marked for release, but the lock was not free; run migctl gc"),
     }
 }
