@@ -142,11 +142,7 @@ eng_clean() {
         kill -KILL "$world" 2>/dev/null || true
         wait "$world" 2>/dev/null || true
     fi
-    if [[ ${ENG_KEEP:-} == 1 ]]; then
-        eng_say "kept: $ENG_DIR"
-    else
-        eng_remove "$ENG_DIR"
-    fi
+    eng_remove "$ENG_DIR"
     # Whoever sourced this may have a last word.
     if declare -F eng_after >/dev/null; then eng_after "$rc" || exit; fi
     exit "$rc"
@@ -159,7 +155,11 @@ eng_remove() {
     while read -r dir; do
         rmdir "$dir" 2>/dev/null || true
     done < <(cat "$1/made" 2>/dev/null)
-    rm -rf --one-file-system "$1" || eng_say "left behind: $1"
+    if [[ ${ENG_KEEP:-} == 1 ]]; then
+        rm -f "$1/owner" && eng_say "kept: $1"
+    else
+        rm -rf --one-file-system "$1" || eng_say "left behind: $1"
+    fi
 }
 
 # Worlds whose outermost process was killed with SIGKILL: nobody holds the lock on `owner` any more.

@@ -1,36 +1,33 @@
-//! The exported calls.
+//! The calls that every client may require: see `optional` for the others.
 
 use std::ffi::{c_char, c_int, c_uint};
 use std::fs;
 
 use nvml_wrapper_sys::bindings as nvml;
 
-use crate::abi::{Array, Handle, In, InText, Out, Target, Text, Versioned, exports, exports_bare, name_field};
+use crate::abi::{Array, Handle, In, InText, Out, Target, Text, exports, exports_bare, name_field};
 use crate::board::{Board, CiProfile, GiProfile, Span};
 use crate::code::{self, Code, Outcome};
 use crate::rules;
 use crate::session::{self, Call, Device, ci, ci_handle, gi, gi_handle, mig_devices, mig_gpu};
-use crate::state::{Gi, State};
+use crate::state::Gi;
 use crate::stubs;
 
 /// `NVML_GPU_INSTANCE_PROFILE_COUNT` of drivers that know 3_SLICE_GFX.
 const GI_PROFILE_COUNT: u32 = 18;
 /// `NVML_COMPUTE_INSTANCE_PROFILE_COUNT`
 const CI_PROFILE_COUNT: u32 = 9;
-const NOT_APPLICABLE: u32 = u32::MAX;
-const MIB: u64 = 1 << 20;
-/// `sizeof` in the low bytes, the version in the top one, as `NVML_STRUCT_VERSION` makes it.
-const GI_INFO_V2: u32 = 0x0200_0098;
-const GI_INFO_V3: u32 = 0x0300_0098;
-const CI_INFO_V2: u32 = 0x0200_0088;
-const CI_INFO_V3: u32 = 0x0300_008c;
-const MEMORY_V2: u32 = 0x0200_0028;
-const UUID_V1: u32 = 0x0100_0034;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// The names of all calls that answer with a code, in the order in which they are counted.
 pub fn names() -> Vec<&'static str> {
     let inits = ["nvmlInit_v2", "nvmlInit", "nvmlInitWithFlags"];
-    inits.iter().chain(NAMES).chain(stubs::NAMES).copied().collect()
+    // Last, so that the counts of a library without them are read aright.
+    #[cfg(not(feature = "old-driver"))]
+    let optional = crate::optional::NAMES;
+    #[cfg(feature = "old-driver")]
+    let optional = &[];
+    inits.iter().chain(NAMES).chain(stubs::NAMES).chain(optional).copied().collect()
 }
 
 exports_bare! {
@@ -73,26 +70,6 @@ exports! {
 
     fn nvmlDeviceGetHandleByUUID(uuid: InText, device: Out<Handle>) |call| {
         device.put(by_uuid(call, &uuid.get()?)?)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetHandleByUUIDV(uuid: Versioned, device: Out<Handle>) |call| {
-        if uuid.version()? != UUID_V1 {
-            return Err(Code::INVALID_ARGUMENT);
-        }
-        // nvmlUUID_v1_t: version, type, 41 bytes of text or 16 of binary.
-        let words: [u8; 49] = uuid.get()?;
-        let text = match words[4] {
-            1 => String::from_utf8_lossy(&words[8..]).trim_end_matches('\0').to_owned(),
-            2 => binary_uuid(&words[8..24]),
-            _ => return Err(Code::INVALID_ARGUMENT),
-        };
-        device.put(by_uuid(call, &text)?)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetHandleByPciBusId_v2(bus_id: InText, device: Out<Handle>) |call| {
-        by_bus_id(call, &bus_id.get()?, &device)
     }
 
     fn nvmlDeviceGetHandleByPciBusId(bus_id: InText, device: Out<Handle>) |call| {
@@ -198,15 +175,6 @@ exports! {
         memory.put(nvml::nvmlMemory_t { total, free: total, used: 0 })
     }
 
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetMemoryInfo_v2(device: Handle, memory: Versioned) |call| {
-        if memory.version()? != MEMORY_V2 {
-            return Err(Code::INVALID_ARGUMENT);
-        }
-        let total = memory_bytes(call, device)?;
-        memory.put(nvml::nvmlMemory_v2_t { version: MEMORY_V2, total, reserved: 0, free: total, used: 0 })
-    }
-
     fn nvmlDeviceGetBAR1MemoryInfo(device: Handle, memory: Out<nvml::nvmlBAR1Memory_t>) |call| {
         let now = call.now()?;
         let device = call.device(&now.state, device)?;
@@ -232,96 +200,12 @@ exports! {
         pci.put(PciInfoV1::of(&pci_info(call, parent(call, device)?)?))
     }
 
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetComputeRunningProcesses_v3(
-        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
-    ) |call| {
-        let now = call.now()?;
-        let device = call.device(&now.state, device)?;
-        list(&processes(call, &now.state, device), &count, &infos)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetGraphicsRunningProcesses_v3(
-        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
-    ) |call| {
-        parent(call, device)?;
-        list(&[], &count, &infos)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetMPSComputeRunningProcesses_v3(
-        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
-    ) |call| {
-        parent(call, device)?;
-        list(&[], &count, &infos)
-    }
-
     fn nvmlDeviceGetMigMode(device: Handle, current: Out<c_uint>, pending: Out<c_uint>) |call| {
         let gpu = call.gpu(device)?;
         let now = call.now()?;
         pending.check()?;
         current.put(now.state.gpus[gpu].current.into())?;
         pending.put(now.state.gpus[gpu].pending.into())
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceSetMigMode(device: Handle, mode: c_uint, activation: Out<c_uint>) |call| {
-        activation.check()?;
-        let gpu = call.gpu(device)?;
-        if mode > 1 {
-            return Err(Code::INVALID_ARGUMENT);
-        }
-        call.privileged()?;
-        let status = call.change(gpu, |config, state| rules::set_mode(config, state, gpu, mode == 1))?;
-        activation.put(status.err().map_or(0, |code| code.0))
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetMaxMigDeviceCount(device: Handle, count: Out<c_uint>) |call| {
-        let gpu = call.gpu(device)?;
-        let on = call.now()?.state.gpus[gpu].current;
-        count.put(if on { call.board(gpu)?.max_mig_devices } else { 0 })
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetMigDeviceHandleByIndex(device: Handle, index: c_uint, mig: Out<Handle>) |call| {
-        mig.check()?;
-        let gpu = call.gpu(device)?;
-        let seen = call.for_enumeration()?;
-        let owner = mig_gpu(&seen.state, gpu)?;
-        if index >= call.board(gpu)?.max_mig_devices {
-            return Err(Code::INVALID_ARGUMENT);
-        }
-        let (gi, ci) = mig_devices(owner).nth(index as usize).ok_or(Code::NOT_FOUND)?;
-        mig.put(ci_handle(gpu, gi, ci, true))
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceIsMigDeviceHandle(device: Handle, is_mig: Out<c_uint>) |call| {
-        let now = call.now()?;
-        is_mig.put(matches!(call.device(&now.state, device)?, Device::Mig(..)).into())
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig: Handle, device: Out<Handle>) |call| {
-        device.put(Handle::of(Target::Gpu(mig_only(call, mig)?.0)))
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetGpuInstanceId(device: Handle, id: Out<c_uint>) |call| { id.put(mig_only(call, device)?.1) }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetComputeInstanceId(device: Handle, id: Out<c_uint>) |call| { id.put(mig_only(call, device)?.2) }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetAttributes_v2(device: Handle, attributes: Out<nvml::nvmlDeviceAttributes_t>) |call| {
-        attributes.put(mig_attributes(call, device)?)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetAttributes(device: Handle, attributes: Out<nvml::nvmlDeviceAttributes_t>) |call| {
-        attributes.put(mig_attributes(call, device)?)
     }
 
     fn nvmlDeviceGetGpuInstanceProfileInfo(
@@ -343,17 +227,6 @@ exports! {
         })
     }
 
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetGpuInstanceProfileInfoV(device: Handle, profile: c_uint, info: Versioned) |call| {
-        put_gi_profile(gi_profile_by_index(call.board(call.gpu(device)?)?, profile)?, &info)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetGpuInstanceProfileInfoByIdV(device: Handle, profile: c_uint, info: Versioned) |call| {
-        let board = call.board(call.gpu(device)?)?;
-        put_gi_profile(rules::profile(board, profile, Code::NOT_SUPPORTED)?, &info)
-    }
-
     fn nvmlDeviceGetGpuInstancePossiblePlacements_v2(
         device: Handle, profile: c_uint, placements: Array<nvml::nvmlGpuInstancePlacement_t>, count: Out<c_uint>,
     ) |call| {
@@ -364,20 +237,6 @@ exports! {
         device: Handle, profile: c_uint, placements: Array<nvml::nvmlGpuInstancePlacement_t>, count: Out<c_uint>,
     ) |call| {
         gi_placements(call, device, profile, &placements, &count)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceGetGpuInstanceRemainingCapacity(device: Handle, profile: c_uint, count: Out<c_uint>) |call| {
-        let gpu = call.gpu(device)?;
-        call.privileged()?;
-        let now = call.now()?;
-        let (state, board) = (mig_gpu(&now.state, gpu)?, call.board(gpu)?);
-        count.put(rules::gi_capacity(board, state, rules::profile(board, profile, Code::NOT_SUPPORTED)?))
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlDeviceCreateGpuInstance(device: Handle, profile: c_uint, instance: Out<Handle>) |call| {
-        create_gi(call, device, profile, None, &instance)
     }
 
     fn nvmlDeviceCreateGpuInstanceWithPlacement(
@@ -450,51 +309,8 @@ exports! {
         })
     }
 
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlGpuInstanceGetComputeInstanceProfileInfoV(
-        instance: Handle, profile: c_uint, engines: c_uint, info: Versioned,
-    ) |call| {
-        let (owner, profile) = ci_profile_by_index(call, instance, profile, engines)?;
-        put_ci_profile(&owner, &profile, &info)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlGpuInstanceGetComputeInstanceRemainingCapacity(
-        instance: Handle, profile: c_uint, count: Out<c_uint>,
-    ) |call| {
-        call.privileged()?;
-        let now = call.now()?;
-        let (gpu, gi) = gi(&now.state, instance)?;
-        let owner = owner(call.board(gpu)?, gi)?;
-        count.put(rules::ci_capacity(owner, gi, rules::ci_profile(owner, profile, Code::NOT_SUPPORTED)?))
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlGpuInstanceGetComputeInstancePossiblePlacements(
-        instance: Handle, profile: c_uint, placements: Array<nvml::nvmlComputeInstancePlacement_t>,
-        count: Out<c_uint>,
-    ) |call| {
-        call.privileged()?;
-        let now = call.now()?;
-        let (gpu, gi) = gi(&now.state, instance)?;
-        let profile = rules::ci_profile(owner(call.board(gpu)?, gi)?, profile, Code::NOT_SUPPORTED)?;
-        count.put(profile.placements.len() as u32)?;
-        let spans = profile.placements.iter();
-        let all: Vec<_> =
-            spans.map(|span| nvml::nvmlComputeInstancePlacement_t { start: span.start, size: span.size }).collect();
-        if placements.is_null() { Ok(()) } else { placements.fill(&all) }
-    }
-
     fn nvmlGpuInstanceCreateComputeInstance(instance: Handle, profile: c_uint, compute: Out<Handle>) |call| {
         create_ci(call, instance, profile, None, &compute)
-    }
-
-    #[cfg(not(feature = "old-driver"))]
-    fn nvmlGpuInstanceCreateComputeInstanceWithPlacement(
-        instance: Handle, profile: c_uint, placement: In<nvml::nvmlComputeInstancePlacement_t>, compute: Out<Handle>,
-    ) |call| {
-        let nvml::nvmlComputeInstancePlacement_t { start, size } = placement.get()?;
-        create_ci(call, instance, profile, Some(Span { start, size }), &compute)
     }
 
     fn nvmlComputeInstanceDestroy(compute: Handle) |call| {
@@ -586,7 +402,7 @@ fn by_index(call: &Call, index: u32, device: &Out<Handle>) -> Outcome<()> {
     device.put(Handle::of(Target::Gpu(index as usize)))
 }
 
-fn by_uuid(call: &Call, uuid: &str) -> Outcome<Handle> {
+pub(crate) fn by_uuid(call: &Call, uuid: &str) -> Outcome<Handle> {
     let config = call.config();
     if let Some(gpu) = config.gpus.iter().position(|gpu| gpu.uuid == uuid) {
         return Ok(Handle::of(Target::Gpu(gpu)));
@@ -605,14 +421,7 @@ fn by_uuid(call: &Call, uuid: &str) -> Outcome<Handle> {
     Err(Code::NOT_FOUND)
 }
 
-/// A binary UUID names GPUs only: it has no room for the `GPU-` or `MIG-` that tells them apart.
-#[cfg(not(feature = "old-driver"))]
-fn binary_uuid(bytes: &[u8]) -> String {
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
-}
-
-fn by_bus_id(call: &Call, text: &str, device: &Out<Handle>) -> Outcome<()> {
+pub(crate) fn by_bus_id(call: &Call, text: &str, device: &Out<Handle>) -> Outcome<()> {
     let parse = |text: &str| u32::from_str_radix(text, 16).map_err(|_| Code::INVALID_ARGUMENT);
     let mut parts = text.rsplitn(3, ':');
     let slot = parts.next().unwrap_or_default();
@@ -624,41 +433,12 @@ fn by_bus_id(call: &Call, text: &str, device: &Out<Handle>) -> Outcome<()> {
 }
 
 /// The GPU of a GPU or MIG handle.
-fn parent(call: &Call, device: Handle) -> Outcome<usize> {
+pub(crate) fn parent(call: &Call, device: Handle) -> Outcome<usize> {
     let now = call.now()?;
     Ok(call.device(&now.state, device)?.gpu())
 }
 
-/// GPU, GI id and CI id of a MIG handle; a GPU's is the wrong kind.
-#[cfg(not(feature = "old-driver"))]
-fn mig_only(call: &Call, device: Handle) -> Outcome<(usize, u32, u32)> {
-    let now = call.now()?;
-    match call.device(&now.state, device)? {
-        Device::Gpu(_) => Err(Code::NOT_SUPPORTED),
-        Device::Mig(gpu, gi, ci) => Ok((gpu, gi.id, ci.id)),
-    }
-}
-
-#[cfg(not(feature = "old-driver"))]
-fn mig_attributes(call: &Call, device: Handle) -> Outcome<nvml::nvmlDeviceAttributes_t> {
-    let now = call.now()?;
-    let Device::Mig(gpu, gi, ci) = call.device(&now.state, device)? else { return Err(Code::NOT_SUPPORTED) };
-    let owner = owner(call.board(gpu)?, gi)?;
-    let profile = rules::ci_profile(owner, ci.profile, Code::UNKNOWN)?;
-    Ok(nvml::nvmlDeviceAttributes_t {
-        multiprocessorCount: profile.sm,
-        sharedCopyEngineCount: owner.copy_engines,
-        sharedDecoderCount: owner.engines.decoders,
-        sharedEncoderCount: owner.engines.encoders,
-        sharedJpegCount: owner.engines.jpeg,
-        sharedOfaCount: owner.engines.ofa,
-        gpuInstanceSliceCount: owner.slices,
-        computeInstanceSliceCount: profile.slices,
-        memorySizeMB: owner.memory_mib,
-    })
-}
-
-fn memory_bytes(call: &Call, device: Handle) -> Outcome<u64> {
+pub(crate) fn memory_bytes(call: &Call, device: Handle) -> Outcome<u64> {
     let now = call.now()?;
     let device = call.device(&now.state, device)?;
     let board = call.board(device.gpu())?;
@@ -668,89 +448,15 @@ fn memory_bytes(call: &Call, device: Handle) -> Outcome<u64> {
     }
 }
 
-#[cfg(not(feature = "old-driver"))]
-fn processes(call: &Call, state: &State, device: Device<'_>) -> Vec<nvml::nvmlProcessInfo_v2_st> {
-    let holds = state.holds.iter().filter(|hold| match device {
-        Device::Gpu(gpu) => hold.gpu == gpu,
-        Device::Mig(gpu, gi, ci) => hold.gpu == gpu && hold.gi == Some(gi.id) && first_ci(gi) == ci.id,
-    });
-    holds
-        .filter_map(|hold| {
-            let gi = hold.gi.and_then(|id| state.gpus.get(hold.gpu)?.gi(id));
-            Some(nvml::nvmlProcessInfo_v2_st {
-                pid: hold.pid?,
-                usedGpuMemory: call.board(hold.gpu).map_or(0, |board| board.memory_mib) * MIB / 64,
-                gpuInstanceId: gi.map_or(NOT_APPLICABLE, |gi| gi.id),
-                computeInstanceId: gi.map_or(NOT_APPLICABLE, first_ci),
-            })
-        })
-        .collect()
-}
-
-/// A client holds a GPU instance through its first compute instance.
-#[cfg(not(feature = "old-driver"))]
-fn first_ci(gi: &Gi) -> u32 {
-    gi.cis.first().map_or(NOT_APPLICABLE, |ci| ci.id)
-}
-
-#[cfg(not(feature = "old-driver"))]
-fn list<T: Copy>(all: &[T], count: &Out<c_uint>, room: &Array<T>) -> Outcome<()> {
-    let given = count.get()? as usize;
-    count.put(all.len() as u32)?;
-    if given < all.len() || (room.is_null() && !all.is_empty()) {
-        return Err(Code::INSUFFICIENT_SIZE);
-    }
-    room.fill(all)
-}
-
-fn owner<'b>(board: &'b Board, gi: &Gi) -> Outcome<&'b GiProfile> {
+pub(crate) fn owner<'b>(board: &'b Board, gi: &Gi) -> Outcome<&'b GiProfile> {
     rules::profile(board, gi.profile, Code::UNKNOWN)
 }
 
-fn gi_profile_by_index(board: &Board, index: u32) -> Outcome<&GiProfile> {
+pub(crate) fn gi_profile_by_index(board: &Board, index: u32) -> Outcome<&GiProfile> {
     if index >= GI_PROFILE_COUNT {
         return Err(Code::INVALID_ARGUMENT);
     }
     board.profile_by_index(index).ok_or(Code::NOT_SUPPORTED)
-}
-
-#[cfg(not(feature = "old-driver"))]
-fn put_gi_profile(profile: &GiProfile, info: &Versioned) -> Outcome<()> {
-    let name = name_field(&format!("MIG {}", profile.name));
-    match info.version()? {
-        GI_INFO_V2 => info.put(nvml::nvmlGpuInstanceProfileInfo_v2_t {
-            version: GI_INFO_V2,
-            id: profile.id,
-            isP2pSupported: profile.p2p.into(),
-            sliceCount: profile.slices,
-            instanceCount: profile.count,
-            multiprocessorCount: profile.sm,
-            copyEngineCount: profile.copy_engines,
-            decoderCount: profile.engines.decoders,
-            encoderCount: profile.engines.encoders,
-            jpegCount: profile.engines.jpeg,
-            ofaCount: profile.engines.ofa,
-            memorySizeMB: profile.memory_mib,
-            name,
-        }),
-        GI_INFO_V3 => info.put(nvml::nvmlGpuInstanceProfileInfo_v3_t {
-            version: GI_INFO_V3,
-            id: profile.id,
-            sliceCount: profile.slices,
-            instanceCount: profile.count,
-            multiprocessorCount: profile.sm,
-            copyEngineCount: profile.copy_engines,
-            decoderCount: profile.engines.decoders,
-            encoderCount: profile.engines.encoders,
-            jpegCount: profile.engines.jpeg,
-            ofaCount: profile.engines.ofa,
-            memorySizeMB: profile.memory_mib,
-            name,
-            // NVML_GPU_INSTANCE_PROFILE_CAPS_P2P and _GFX.
-            capabilities: u32::from(profile.p2p) | u32::from(profile.name.ends_with("+gfx")) << 1,
-        }),
-        _ => Err(Code::INVALID_ARGUMENT),
-    }
 }
 
 fn gi_placements(
@@ -771,7 +477,13 @@ fn gi_placements(
     if placements.is_null() { Ok(()) } else { placements.fill(&all) }
 }
 
-fn create_gi(call: &mut Call, device: Handle, profile: u32, at: Option<Span>, out: &Out<Handle>) -> Outcome<()> {
+pub(crate) fn create_gi(
+    call: &mut Call,
+    device: Handle,
+    profile: u32,
+    at: Option<Span>,
+    out: &Out<Handle>,
+) -> Outcome<()> {
     out.check()?;
     let gpu = call.gpu(device)?;
     call.privileged()?;
@@ -782,7 +494,13 @@ fn create_gi(call: &mut Call, device: Handle, profile: u32, at: Option<Span>, ou
     out.put(handle)
 }
 
-fn create_ci(call: &mut Call, instance: Handle, profile: u32, at: Option<Span>, out: &Out<Handle>) -> Outcome<()> {
+pub(crate) fn create_ci(
+    call: &mut Call,
+    instance: Handle,
+    profile: u32,
+    at: Option<Span>,
+    out: &Out<Handle>,
+) -> Outcome<()> {
     out.check()?;
     let Target::Gi { gpu, .. } = instance.target()? else { return Err(Code::INVALID_ARGUMENT) };
     call.privileged()?;
@@ -795,7 +513,12 @@ fn create_ci(call: &mut Call, instance: Handle, profile: u32, at: Option<Span>, 
     out.put(handle)
 }
 
-fn ci_profile_by_index(call: &Call, instance: Handle, index: u32, engines: u32) -> Outcome<(GiProfile, CiProfile)> {
+pub(crate) fn ci_profile_by_index(
+    call: &Call,
+    instance: Handle,
+    index: u32,
+    engines: u32,
+) -> Outcome<(GiProfile, CiProfile)> {
     // NVML_COMPUTE_INSTANCE_ENGINE_PROFILE_SHARED is the only one.
     if index >= CI_PROFILE_COUNT || engines != 0 {
         return Err(Code::INVALID_ARGUMENT);
@@ -805,42 +528,6 @@ fn ci_profile_by_index(call: &Call, instance: Handle, index: u32, engines: u32) 
     let owner = owner(call.board(gpu)?, gi)?;
     let profile = owner.compute.iter().find(|profile| profile.index == index).ok_or(Code::NOT_SUPPORTED)?;
     Ok((owner.clone(), profile.clone()))
-}
-
-#[cfg(not(feature = "old-driver"))]
-fn put_ci_profile(owner: &GiProfile, profile: &CiProfile, info: &Versioned) -> Outcome<()> {
-    let v2 = nvml::nvmlComputeInstanceProfileInfo_v2_t {
-        version: CI_INFO_V2,
-        id: profile.id,
-        sliceCount: profile.slices,
-        instanceCount: profile.count,
-        multiprocessorCount: profile.sm,
-        sharedCopyEngineCount: owner.copy_engines,
-        sharedDecoderCount: owner.engines.decoders,
-        sharedEncoderCount: owner.engines.encoders,
-        sharedJpegCount: owner.engines.jpeg,
-        sharedOfaCount: owner.engines.ofa,
-        name: name_field(&format!("MIG {}", profile.name)),
-    };
-    match info.version()? {
-        CI_INFO_V2 => info.put(v2),
-        CI_INFO_V3 => info.put(nvml::nvmlComputeInstanceProfileInfo_v3_t {
-            version: CI_INFO_V3,
-            id: v2.id,
-            sliceCount: v2.sliceCount,
-            instanceCount: v2.instanceCount,
-            multiprocessorCount: v2.multiprocessorCount,
-            sharedCopyEngineCount: v2.sharedCopyEngineCount,
-            sharedDecoderCount: v2.sharedDecoderCount,
-            sharedEncoderCount: v2.sharedEncoderCount,
-            sharedJpegCount: v2.sharedJpegCount,
-            sharedOfaCount: v2.sharedOfaCount,
-            name: v2.name,
-            // NVML_COMPUTE_INSTANCE_PROFILE_CAPS_GFX.
-            capabilities: owner.name.ends_with("+gfx").into(),
-        }),
-        _ => Err(Code::INVALID_ARGUMENT),
-    }
 }
 
 fn ci_info(call: &Call, compute: Handle) -> Outcome<nvml::nvmlComputeInstanceInfo_t> {

@@ -2,6 +2,8 @@
 //! the rules by which the driver cuts GPUs into MIG instances. See `README.md`.
 
 #![deny(unsafe_code)]
+// An old driver needs less of what lies below the calls.
+#![cfg_attr(feature = "old-driver", allow(dead_code))]
 
 mod abi;
 pub mod board;
@@ -9,6 +11,8 @@ pub mod calls;
 pub mod code;
 pub mod fault;
 pub mod layout;
+#[cfg(not(feature = "old-driver"))]
+mod optional;
 pub mod report;
 pub mod rules;
 mod session;

@@ -194,7 +194,11 @@ impl Orders {
                 Action::KillBefore => "kill the caller before the effect".into(),
                 Action::KillAfter => "kill the caller after the effect".into(),
             };
-            let times = fault.times.map_or("for ever".into(), |times| format!("{times} times"));
+            let times = match fault.times {
+                None => "for ever".into(),
+                Some(1) => "once".into(),
+                Some(times) => format!("{times} times"),
+            };
             let armed = if fault.armed { "armed" } else { "spent" };
             lines.push(format!(
                 "{}: {action} from call {} on, {times}: {armed}, counted {}, fired {}",

@@ -1,7 +1,7 @@
 //! The behaviours that a client may rely on, through the C ABI of a machine's own copy of the library.
 
 #![cfg(not(feature = "old-driver"))]
-#![allow(unsafe_code)]
+#![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -142,11 +142,8 @@ fn a_client_may_die_anywhere() {
         child.wait().unwrap();
         let left = sim.gis(0);
         let mig = sim.proc("nvidia/capabilities/gpu0/mig");
-        let mut shown: Vec<_> = fs::read_dir(&mig).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        shown.sort();
-        let mut wanted: Vec<_> = left.iter().map(|gi| format!("gi{gi}")).collect();
-        wanted.sort();
-        assert_eq!(shown, *wanted, "round {round}");
+        let shown: Vec<_> = fs::read_dir(&mig).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(shown.len(), left.len(), "round {round}: {shown:?}");
         for gi in left {
             assert!(mig.join(format!("gi{gi}/access")).exists());
             sim.cli("destroy", &["--gpu", "0", "--gi", &gi.to_string()]);

@@ -260,3 +260,169 @@ pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
 pub fn os(words: &[&str]) -> Vec<OsString> {
     words.iter().map(|w| OsStr::new(w).to_owned()).collect()
 }
+
+// ---- containers that live, and what a runtime really gets ----
+
+/// A process that stands for a container's init. Ends with the value.
+pub struct Init(Child);
+
+impl Init {
+    pub fn start() -> Init {
+        Init(Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl World {
+    /// A stand-in low-level runtime, named in the settings, that copies what the kernel knows of it to `rt/`: `cmdline`,
+    /// `environ`, `status`, `fd` (numbers, a line each), `pid`; and ends with `code`.
+    pub fn probing_runtime(&self, code: i32) -> PathBuf {
+        let dir = self.path("rt");
+        std::fs::create_dir_all(&dir).unwrap();
+        let d = dir.display();
+        let runtime = self.script(
+            "rt/probe",
+            &format!(
+                "ls /proc/$$/fd > {d}/fd; cat /proc/$$/cmdline > {d}/cmdline; cat /proc/$$/environ > {d}/environ\n\
+                 cat /proc/self/status > {d}/status; echo $$ > {d}/pid\nexit {code}"
+            ),
+        );
+        self.settings(&format!("[runtime]\npath = \"{}\"", runtime.display()));
+        runtime
+    }
+
+    /// The only lease.
+    pub fn lease(&self) -> Value {
+        let mut leases = self.leases();
+        assert_eq!(leases.len(), 1, "one lease was expected: {leases:#?}");
+        leases.remove(0)
+    }
+
+    /// A container that was created through the shim (root `root`, a runtime in the settings) and lives: its pid file names
+    /// a process.
+    pub fn living(&self, id: &str, config: &Value) -> (PathBuf, Init) {
+        let bundle = self.bundle(id, config);
+        let pid_file = bundle.join("init.pid");
+        let output = self.shim(&[
+            "--root",
+            self.path("root").to_str().unwrap(),
+            "create",
+            "--bundle",
+            bundle.to_str().unwrap(),
+            "--pid-file",
+            pid_file.to_str().unwrap(),
+            id,
+        ]);
+        assert!(output.status.success(), "create {id}: {}", text(&output));
+        let init = Init::start();
+        std::fs::write(pid_file, init.pid().to_string()).unwrap();
+        (bundle, init)
+    }
+}
+
+/// The JSON document in a file.
+pub fn document(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Whether a program is in the PATH.
+pub fn installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+// ---- crashes and recovery ----
+
+impl World {
+    /// Everything that the simulator knows of its machine.
+    pub fn machine(&self) -> Value {
+        serde_json::from_str(&self.sim("show", &["--json"])).unwrap()
+    }
+
+    /// Arms one fault: `nvml-sim fault --call CALL HOW…`.
+    pub fn fault(&self, call: &str, how: &[&str]) {
+        self.sim("fault", &[&["--call", call], how].concat());
+    }
+
+    /// The record of a lease, on disk.
+    pub fn lease_file(&self, token: &str) -> PathBuf {
+        self.path("state/leases").join(format!("{token}.json"))
+    }
+
+    /// Rewrites the record of a lease, as if time had gone by or something else had happened.
+    pub fn edit_lease(&self, token: &str, edit: impl FnOnce(&mut Value)) {
+        let path = self.lease_file(token);
+        let mut lease: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        edit(&mut lease);
+        std::fs::write(&path, lease.to_string()).unwrap();
+    }
+
+    /// `mig-hook precreate`, started by a shell that ends with it: the owner of what it leaves is dead.
+    pub fn orphaned_precreate(&self, config: &Value) -> Output {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "\"$@\"; exit $?", "sh"]).arg(binaries().join("mig-hook"));
+        command.arg("--config").arg(self.config()).arg("precreate");
+        feed(&mut command, config.to_string().as_bytes())
+    }
+
+    /// What must hold at any time: every instance is one of `foreign`, unchanged, or the one slice of one lease; every
+    /// Active lease has what it says; nothing that is recorded overlaps. Returns the leases.
+    pub fn assert_consistent(&self, foreign: &[Value], when: &str) -> Vec<Value> {
+        let (leases, machine) = (self.leases(), self.machine());
+        let instances: Vec<(&Value, &Value)> = machine["gpus"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|gpu| gpu["gpu_instances"].as_array().unwrap().iter().map(move |gi| (&gpu["uuid"], gi)))
+            .collect();
+        let slices: Vec<(&Value, &Value)> =
+            leases.iter().flat_map(|l| l["slices"].as_array().unwrap().iter().map(move |s| (l, s))).collect();
+        for known in foreign {
+            assert!(instances.iter().any(|(_, gi)| *gi == known), "a foreign slice was touched {when}: {known}");
+        }
+        for (gpu, gi) in instances.iter().filter(|(_, gi)| !foreign.contains(gi)) {
+            let holders = slices.iter().filter(|(_, s)| s["gpu"] == **gpu && s["placement"] == gi["placement"]).count();
+            assert_eq!(holders, 1, "{holders} leases for an instance {when}: {gi}\n{leases:#?}");
+        }
+        for (lease, slice) in slices.iter().filter(|(lease, _)| lease["state"] == "active") {
+            let made = instances.iter().find(|(gpu, gi)| slice["gpu"] == **gpu && slice["gi"] == gi["id"]);
+            let (_, gi) = made.unwrap_or_else(|| panic!("an Active lease without its instance {when}: {lease}"));
+            assert_eq!((&gi["placement"], &gi["profile_id"]), (&slice["placement"], &slice["profile"]), "{when}");
+            let compute = gi["compute_instances"].as_array().unwrap();
+            assert_eq!(compute.len(), 1, "{when}: {gi}");
+            assert_eq!((&compute[0]["id"], &compute[0]["uuid"]), (&slice["ci"], &slice["uuid"]), "{when}");
+            assert_eq!(
+                (&gi["cap_minor"], &compute[0]["cap_minor"]),
+                (&slice["gi_minor"], &slice["ci_minor"]),
+                "{when}"
+            );
+        }
+        let mut taken: Vec<(&Value, std::ops::Range<u64>)> = Vec::new();
+        let foreign_places =
+            instances.iter().filter(|(_, gi)| foreign.contains(gi)).map(|(gpu, gi)| (*gpu, &gi["placement"]));
+        for (gpu, at) in slices.iter().map(|(_, s)| (&s["gpu"], &s["placement"])).chain(foreign_places) {
+            let start = at["start"].as_u64().unwrap();
+            let span = start..start + at["size"].as_u64().unwrap();
+            let clash = taken.iter().find(|(g, t)| *g == gpu && t.start < span.end && span.start < t.end);
+            assert!(clash.is_none(), "{span:?} overlaps {clash:?} {when}\n{leases:#?}");
+            taken.push((gpu, span));
+        }
+        leases
+    }
+}
+
+/// The lease that an edited config is marked with.
+pub fn token_in(config: &[u8]) -> String {
+    let config: Value = serde_json::from_slice(config).unwrap();
+    config["annotations"]["mig.lease"].as_str().unwrap().to_owned()
+}

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unsafe_code, missing_docs)]
 
-use std::ffi::{CString, c_char, c_uint};
+use std::ffi::{CString, c_char};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -227,7 +227,7 @@ impl Lib {
     /// Process, GI id and CI id of all clients.
     #[cfg(not(feature = "old-driver"))]
     pub fn processes(&self, device: nvmlDevice_t) -> Answer<Vec<(u32, u32, u32)>> {
-        let (mut count, mut room): (c_uint, [nvmlProcessInfo_v2_st; 8]) = (8, [zeroed(); 8]);
+        let (mut count, mut room) = (8, [zeroed::<nvmlProcessInfo_v2_st>(); 8]);
         let code = call!(self, nvmlDeviceGetComputeRunningProcesses_v3(device, &mut count, room.as_mut_ptr().cast()));
         let found = room.iter().take(count as usize);
         answer(code, found.map(|one| (one.pid, one.gpuInstanceId, one.computeInstanceId)).collect())

@@ -1,0 +1,164 @@
+//! docker by runtime, and containerd by ctr.
+
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::common::{run, text, wait_for};
+use crate::{Probe, SOON, Site, kill, must, pids_of};
+
+const BY_NAME: &[&str] = &["--mig-env"];
+
+#[test]
+fn two_at_once_open_their_own_slice_and_no_other() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let one = docker.start(&["mig.profile=2g.20gb"]);
+    let two = docker.start(&["mig.profile=1g.10gb,1g.10gb"]);
+    let (seen_one, seen_two) = (docker.probe(&one), docker.probe(&two));
+    site.assert_given(&seen_one, &["2g.20gb"]);
+    site.assert_given(&seen_two, &["1g.10gb", "1g.10gb"]);
+    docker.assert_confined(&one, &seen_one);
+    docker.assert_confined(&two, &seen_two);
+    let session = Probe::read(&docker.ok(&["exec", &one, "mig-probe"]));
+    assert_eq!(session.variables, seen_one.variables, "docker exec sees the variables");
+    let own = Probe::read(&docker.ok(&["exec", "-e", "CUDA_VISIBLE_DEVICES=0", &one, "mig-probe"]));
+    assert_eq!(own.variable("CUDA_VISIBLE_DEVICES"), seen_one.variable("CUDA_VISIBLE_DEVICES"));
+    docker.ok(&["rm", "-f", &one, &two]);
+    site.clean("after rm -f");
+}
+
+#[test]
+fn every_end_gives_the_slice_back() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let ask = ["mig.profile=1g.10gb"];
+    for code in [0, 3] {
+        let output = run(&mut docker.request(&ask, &["--rm"], &["sh", "-c", &format!("exit {code}")]));
+        assert_eq!(output.status.code(), Some(code), "the exit code is the container's: {}", text(&output));
+        site.clean(&format!("after exit {code}"));
+    }
+    for end in [&["stop", "-t", "0"][..], &["kill"], &["rm", "-f"]] {
+        let id = docker.start(&ask);
+        assert_eq!(site.leases().len(), 1);
+        docker.ok(&[end, &[id.as_str()]].concat());
+        site.clean(&format!("after {end:?}"));
+    }
+    let id = docker.start(&ask);
+    kill(docker.pid(&id));
+    site.clean("after kill -9 of its first process");
+    let output = run(&mut docker.request(&ask, &["--rm"], &["/nonexistent"]));
+    assert_eq!(output.status.code(), Some(127), "{}", text(&output));
+    site.clean("after a command that is not there");
+    assert_eq!(site.audited("grant"), site.audited("release"));
+}
+
+#[test]
+fn a_restart_is_a_release_and_a_new_slice() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let id = docker.start(&["mig.profile=1g.10gb"]);
+    let first = site.lease()["token"].clone();
+    docker.ok(&["restart", "-t", "0", &id]);
+    assert_ne!(site.lease()["token"], first);
+    assert_eq!((site.audited("grant"), site.audited("release")), (2, 1));
+    docker.ok(&["stop", "-t", "0", &id]);
+    site.clean("after stop");
+    docker.ok(&["start", &id]);
+    assert_eq!(site.leases().len(), 1);
+    docker.ok(&["rm", "-f", &id]);
+    site.clean("after rm");
+}
+
+#[test]
+fn a_refusal_is_in_dockers_own_error() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    docker.assert_refused(&["mig.profile=3g.13gb"], &["--rm"], &["mig: ", "3g.13gb", "1g.10gb"]);
+    docker.assert_refused(&["mig.profile=1g.10gb"], &["--rm", "--privileged"], &["mig: ", "other slices than its own"]);
+    let id = docker.start(&["mig.profile=1g.10gb", "mig.gpu=0"]);
+    docker.assert_refused(&["mig.profile=7g.80gb", "mig.gpu=0"], &["--rm"], &["mig: ", "7g.80gb", &id[..12]]);
+    docker.ok(&["rm", "-f", &id]);
+    site.clean("after all");
+}
+
+#[test]
+fn what_does_not_ask_is_left_alone() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let (by_name, by_default) = (site.docker(BY_NAME), site.docker(&[]));
+    let nothing = Probe::read(&must(&mut by_name.request(&[], &["--rm"], &["mig-probe"])));
+    assert!(nothing.is_empty(), "{nothing:?}");
+    // An image's ENV counts only where the user has chosen the runtime by name: as a default runtime it must not.
+    let image = format!("localhost/asking-{}", std::process::id());
+    let tar = site.dir.join("rootfs.tar").display().to_string();
+    by_name.ok(&["import", "--change", "ENV MIG_PROFILE=1g.10gb", &tar, &image]);
+    let nothing = Probe::read(&must(&mut by_default.request(&[], &["--rm", &image], &["mig-probe"])));
+    assert!(nothing.is_empty(), "{nothing:?}");
+    assert!(!site.path("state").exists(), "no state was made");
+    let given = Probe::read(&must(&mut by_name.request(&[], &["--rm", &image], &["mig-probe"])));
+    assert_eq!(given.variable("MIG_DEVICE_PROFILES"), "1g.10gb");
+    site.clean("after all");
+}
+
+#[test]
+fn a_killed_containerd_shim_frees_its_slice() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let id = docker.start(&["mig.profile=1g.10gb"]);
+    let shims = pids_of(&["containerd-shim", &format!("-id {id}")]);
+    assert_eq!(shims.len(), 1, "the shim of {id}");
+    kill(shims[0]);
+    site.clean("after kill -9 of the containerd shim, without gc");
+    docker.ok(&["rm", "-f", &id]);
+}
+
+/// ctr takes the path of a runtime and no options for it, hence the wrapper script; and no image is needed.
+struct Ctr<'a> {
+    site: &'a Site,
+    wrapper: String,
+}
+
+impl Ctr<'_> {
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(self.site.dir.join("bin/ctr"));
+        command.args(words);
+        command
+    }
+
+    fn run(&self, annotation: &str, options: &[&str], id: &str, words: &[&str]) -> Command {
+        let mut command = self.command(&["run", "--runc-binary", &self.wrapper, "--annotation", annotation]);
+        command.args(["--cgroup", &self.site.cgroup(id), "--null-io", "--rootfs"]).args(options);
+        command.arg(self.site.dir.join("rootfs")).arg(id).args(words);
+        command
+    }
+}
+
+#[test]
+fn containerd_by_ctr() {
+    let Some(site) = Site::new(&["docker", "ctr"]) else { return };
+    let ctr = Ctr { site: &site, wrapper: site.wrapper("").display().to_string() };
+    let id = format!("ctr-{}", std::process::id());
+    let ask = "mig.profile=1g.10gb";
+    // The container's output goes to containerd's log fifo; what it saw is taken from a session in it.
+    must(&mut ctr.run(ask, &["-d"], &id, &["sleep", "600"]));
+    let lease = site.lease();
+    assert_eq!(lease["holder"]["container"], json!(id));
+    let seen = Probe::read(&must(&mut ctr.command(&["task", "exec", "--exec-id", "x", &id, "mig-probe"])));
+    site.assert_given(&seen, &["1g.10gb"]);
+    must(&mut ctr.command(&["task", "kill", "-s", "KILL", &id]));
+    wait_for("the end of the task", SOON, || {
+        must(&mut ctr.command(&["task", "ls"])).lines().any(|l| l.starts_with(&id) && l.contains("STOPPED"))
+    });
+    // A stopped task that nobody deletes: engines call nothing then, gc sees that its first process is dead.
+    assert_eq!(site.gc(), ["freed"]);
+    site.assert_clean("after gc");
+    must(&mut ctr.command(&["task", "delete", &id]));
+    must(&mut ctr.command(&["container", "delete", &id]));
+
+    let output = run(&mut ctr.run("mig.profile=3g.13gb", &["--rm"], &format!("{id}-bad"), &["true"]));
+    assert!(!output.status.success() && text(&output).contains("mig: "), "{}", text(&output));
+    assert!(text(&output).contains("3g.13gb") && text(&output).contains("1g.10gb"), "{}", text(&output));
+    must(&mut ctr.run(ask, &["--rm"], &format!("{id}-rm"), &["true"]));
+    site.clean("after ctr run --rm");
+    assert_eq!((site.audited("grant"), site.audited("release")), (2, 2));
+}

@@ -1,0 +1,466 @@
+//! kill -9 at every call of the driver, and at every step in the state directory, on every way in and out: one
+//! `migctl gc` later no instance is leaked, no lease lost, nothing held twice, and no foreign slice touched.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{World, binaries, config, feed, os, run, skip, state, text, token_in};
+use serde_json::{Value, json};
+
+/// Every call that changes a GPU: what it has done may be durable when its caller dies.
+const MUTATORS: [&str; 4] = [
+    "nvmlDeviceCreateGpuInstance*",
+    "nvmlGpuInstanceCreateComputeInstance*",
+    "nvmlComputeInstanceDestroy",
+    "nvmlGpuInstanceDestroy",
+];
+
+/// More calls than one run makes on one small GPU.
+const MANY: usize = 300;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Podman,
+    Shim,
+}
+
+/// One A30 with a foreign slice at its end, and a container that wants another.
+struct Stage {
+    world: World,
+    way: Way,
+    foreign: Vec<Value>,
+}
+
+impl Stage {
+    fn new(way: Way) -> Stage {
+        let world = World::new(&["a30-24gb"]);
+        world.recording_runtime(0);
+        world.sim("make", &["--gpu", "0", "--profile", "1g.6gb", "--start", "3"]);
+        let foreign = world.instances();
+        Stage { world, way, foreign }
+    }
+
+    fn wanted(&self) -> Value {
+        config(json!({"mig.profile": "2g.12gb"}), &[])
+    }
+
+    fn fresh_bundle(&self) {
+        self.world.bundle("bundle", &self.wanted());
+    }
+
+    /// Starts a container up to where the engine would take over. Whoever asked is dead afterwards.
+    fn acquire(&self) -> Output {
+        match self.way {
+            Way::Podman => self.world.orphaned_precreate(&self.wanted()),
+            Way::Shim => {
+                let bundle = self.world.path("bundle").display().to_string();
+                self.world.shim(&["create", "--bundle", &bundle, "c1"])
+            }
+        }
+    }
+
+    fn must_acquire(&self, when: &str) -> String {
+        let output = self.acquire();
+        assert!(output.status.success(), "acquire {when}: {}", text(&output));
+        match self.way {
+            Way::Podman => token_in(&output.stdout),
+            Way::Shim => token_in(&std::fs::read(self.world.path("bundle/config.json")).unwrap()),
+        }
+    }
+
+    fn release(&self, token: &str) -> Output {
+        match self.way {
+            Way::Podman => {
+                self.world.hook(&["poststop", "--lease", token], &state("c1", 0, &self.world.path("bundle")))
+            }
+            Way::Shim => self.world.shim(&["delete", "c1"]),
+        }
+    }
+
+    fn must_release(&self, token: &str, when: &str) {
+        let output = self.release(token);
+        assert!(output.status.success(), "release {when}: {}", text(&output));
+        self.assert_nothing_left(when);
+    }
+
+    fn gc(&self, when: &str) {
+        let output = self.world.migctl(&["gc"]);
+        assert!(output.status.success(), "gc {when}: {}", text(&output));
+    }
+
+    fn assert_nothing_left(&self, when: &str) {
+        assert_eq!(self.world.leases(), Vec::<Value>::new(), "leases left {when}");
+        assert_eq!(self.world.instances(), self.foreign, "instances left, or a foreign one touched, {when}");
+    }
+
+    /// What any container may expect of a machine where nothing is left over.
+    fn assert_serves_the_next(&self, when: &str) {
+        let token = self.must_acquire(when);
+        let leases = self.world.assert_consistent(&self.foreign, when);
+        assert_eq!(
+            (leases.len(), &leases[0]["state"], &leases[0]["token"]),
+            (1, &json!("active"), &json!(token)),
+            "{when}"
+        );
+        self.must_release(&token, when);
+    }
+
+    /// Kills `act` at its `nth` call of `call`. False when it ended before it came so far; then it must have succeeded.
+    fn killed(&self, call: &str, nth: usize, how: &str, act: impl FnOnce() -> Output) -> bool {
+        self.world.sim("clear-faults", &[]);
+        self.world.fault(call, &["--nth", &nth.to_string(), "--kill", how]);
+        let output = act();
+        if !is_killed(&output) {
+            assert!(output.status.success(), "{call} {nth} {how}: {}", text(&output));
+            self.world.sim("clear-faults", &[]);
+        }
+        is_killed(&output)
+    }
+
+    /// `act` killed before every call that it makes, and after each that changes a GPU; `check` after each. `act` starts
+    /// from what `prepare` gives.
+    fn at_every_call<T>(
+        &self,
+        least: usize,
+        prepare: impl Fn() -> T,
+        act: impl Fn(&T) -> Output,
+        check: impl Fn(&T, &str),
+    ) {
+        let mut calls = 0;
+        for nth in 1..MANY {
+            let prepared = prepare();
+            if !self.killed("*", nth, "before", || act(&prepared)) {
+                break;
+            }
+            check(&prepared, &format!("after a kill at call {nth}"));
+            calls = nth;
+        }
+        assert!((least..MANY - 1).contains(&calls), "killed at {calls} calls only");
+        let mut changes = 0;
+        for call in MUTATORS {
+            let prepared = prepare();
+            if self.killed(call, 1, "after", || act(&prepared)) {
+                check(&prepared, &format!("after a kill past {call}"));
+                changes += 1;
+            }
+        }
+        assert!(changes >= 2, "killed past {changes} changes only");
+    }
+}
+
+fn is_killed(output: &Output) -> bool {
+    output.status.signal() == Some(9) || output.status.code() == Some(128 + 9)
+}
+
+fn kill_acquire(way: Way) {
+    let stage = Stage::new(way);
+    let prepare = || {
+        // The run that was not killed has left its slice: its owner is dead.
+        stage.gc("before");
+        stage.fresh_bundle();
+    };
+    stage.at_every_call(
+        60,
+        prepare,
+        |()| stage.acquire(),
+        |(), when| {
+            stage.gc(when);
+            stage.assert_nothing_left(when);
+            stage.assert_serves_the_next(when); // from the bundle as the killed run left it
+        },
+    );
+}
+
+fn kill_release(way: Way) {
+    let stage = Stage::new(way);
+    let prepare = || {
+        stage.fresh_bundle();
+        stage.must_acquire("before")
+    };
+    stage.at_every_call(
+        60,
+        prepare,
+        |token| stage.release(token),
+        |_, when| {
+            stage.gc(when);
+            stage.assert_nothing_left(when);
+        },
+    );
+    stage.assert_serves_the_next("at the end");
+}
+
+#[test]
+fn podmans_precreate_killed_at_every_call_leaves_nothing() {
+    kill_acquire(Way::Podman);
+}
+
+#[test]
+fn the_shims_create_killed_at_every_call_leaves_nothing() {
+    kill_acquire(Way::Shim);
+}
+
+#[test]
+fn poststop_killed_at_every_call_leaves_nothing() {
+    kill_release(Way::Podman);
+}
+
+#[test]
+fn the_shims_delete_killed_at_every_call_leaves_nothing() {
+    kill_release(Way::Shim);
+}
+
+#[test]
+fn two_kills_in_a_row_leave_nothing() {
+    // The second comes while the next acquire clears up after the first, or a little further on.
+    let stage = Stage::new(Way::Podman);
+    let prepare = || {
+        stage.gc("before");
+        assert!(stage.killed("nvmlGpuInstanceCreateComputeInstance*", 1, "before", || stage.acquire()));
+    };
+    let nothing_left = |(): &(), when: &str| {
+        stage.gc(when);
+        stage.assert_nothing_left(when);
+    };
+    stage.at_every_call(60, prepare, |()| stage.acquire(), nothing_left);
+}
+
+#[test]
+fn gc_killed_at_every_call_is_finished_by_the_next() {
+    let stage = Stage::new(Way::Podman);
+    // Half a slice, and a whole one of which its lease does not know yet.
+    let halves: [(&str, &str, usize); 2] =
+        [("nvmlGpuInstanceCreateComputeInstance", "before", 1), ("nvmlGpuInstanceCreateComputeInstance", "after", 2)];
+    for (call, how, changes) in halves {
+        let prepare = || assert!(stage.killed(call, 1, how, || stage.acquire()));
+        let mut killed_at = 0;
+        for nth in 1..MANY {
+            prepare();
+            if !stage.killed("*", nth, "before", || stage.world.migctl(&["gc"])) {
+                break;
+            }
+            let when = format!("after a kill of gc at call {nth}");
+            stage.gc(&when);
+            stage.assert_nothing_left(&when);
+            killed_at = nth;
+        }
+        assert!((60..MANY - 1).contains(&killed_at), "killed at {killed_at} calls only");
+        stage.assert_nothing_left("after the gc that was not killed");
+        let past = MUTATORS.iter().filter(|call| {
+            prepare();
+            let killed = stage.killed(call, 1, "after", || stage.world.migctl(&["gc"]));
+            stage.gc(call);
+            stage.assert_nothing_left(call);
+            killed
+        });
+        assert_eq!(past.count(), changes);
+    }
+    stage.assert_serves_the_next("at the end");
+}
+
+#[test]
+fn a_lease_that_was_whole_when_the_hook_died_stays_while_its_owner_lives() {
+    let stage = Stage::new(Way::Podman);
+    // This process owns it: podman may still be about to fail the create, and has not answered yet.
+    let act = || stage.world.hook(&["precreate"], stage.wanted().to_string().as_bytes());
+    assert!(stage.killed("nvmlShutdown", 1, "before", act));
+    stage.gc("while its owner lives");
+    let leases = stage.world.assert_consistent(&stage.foreign, "while its owner lives");
+    assert_eq!((leases.len(), &leases[0]["state"]), (1, &json!("active")));
+    stage.must_release(leases[0]["token"].as_str().unwrap(), "after its poststop");
+}
+
+#[test]
+fn several_slices_are_all_or_nothing_wherever_the_kill_comes() {
+    let stage = Stage::new(Way::Podman);
+    let wanted = config(json!({"mig.profile": "2x1g.6gb"}), &[]).to_string();
+    for call in ["nvmlDeviceCreateGpuInstance*", "nvmlGpuInstanceCreateComputeInstance*"] {
+        for (nth, how) in [(1, "before"), (1, "after"), (2, "before"), (2, "after")] {
+            let when = format!("{how} {call} {nth}");
+            assert!(stage.killed(call, nth, how, || stage.world.hook(&["precreate"], wanted.as_bytes())), "{when}");
+            stage.gc(&when);
+            stage.assert_nothing_left(&when);
+        }
+    }
+}
+
+// ---- steps in the file system ----
+
+/// strace's words for a kill at the `nth` of these system calls: everywhere, or on one path only.
+fn strace(call: &str, path: Option<&Path>, nth: usize) -> Vec<OsString> {
+    let mut words = os(&["-f", "-qqq", "-o", "/dev/null"]);
+    if let Some(path) = path {
+        words.extend(["-P".into(), path.into()]);
+    }
+    let kill = format!("inject={call}:signal=SIGKILL:when={nth}");
+    words.extend(["-e".into(), format!("trace={call}").into(), "-e".into(), kill.into()]);
+    words
+}
+
+fn has_strace(what: &str) -> bool {
+    let works = Command::new("strace").args(["-f", "-qqq", "-o", "/dev/null", "/bin/true"]).output();
+    let works = works.is_ok_and(|output| output.status.success());
+    if !works {
+        skip(what, "strace is not installed, or may not trace here");
+    }
+    works
+}
+
+/// `act` killed at every rename and removal of anybody, and at every call on the store's temporary file. `act` gets the
+/// words that start it under strace.
+fn at_every_file_step<T>(
+    stage: &Stage,
+    least: usize,
+    prepare: impl Fn() -> T,
+    act: impl Fn(&T, &mut Command) -> Output,
+    check: impl Fn(&T, &str),
+) {
+    let temporary = stage.world.path("state/.write.tmp");
+    let mut steps = 0;
+    for (call, path) in [
+        ("rename", None),
+        ("unlink", None),
+        ("openat", Some(temporary.as_path())),
+        ("write", Some(temporary.as_path())),
+    ] {
+        for nth in 1..MANY {
+            let prepared = prepare();
+            let mut command = Command::new("strace");
+            command.args(strace(call, path, nth)).arg(binaries().join("mig-hook")).arg("--config");
+            let output = act(&prepared, command.arg(stage.world.config()));
+            let when = format!("after a kill at {call} {nth}");
+            assert!(is_killed(&output) || output.status.success(), "{when}: {}", text(&output));
+            check(&prepared, &when);
+            if !is_killed(&output) {
+                break;
+            }
+            steps += 1;
+        }
+    }
+    assert!((least..MANY).contains(&steps), "killed at {steps} steps only");
+}
+
+#[test]
+fn precreate_killed_at_every_step_in_the_file_system_leaves_nothing() {
+    if !has_strace("kills in the file system at precreate") {
+        return;
+    }
+    let stage = Stage::new(Way::Podman);
+    let stdin = stage.wanted().to_string().into_bytes();
+    at_every_file_step(
+        &stage,
+        15,
+        || (),
+        |(), command| feed(command.arg("precreate"), &stdin), // strace is the owner, and dead
+        |(), when| {
+            stage.gc(when);
+            stage.assert_nothing_left(when);
+        },
+    );
+    stage.assert_serves_the_next("at the end");
+}
+
+/// poststop killed at every step; `check` after one `migctl gc`.
+fn kill_poststop_in_the_file_system(what: &str, check: impl Fn(&Stage, &str)) {
+    if !has_strace(what) {
+        return;
+    }
+    let stage = Stage::new(Way::Podman);
+    let stdin = state("c1", 0, &stage.world.path("bundle"));
+    at_every_file_step(
+        &stage,
+        15,
+        || stage.must_acquire("before"),
+        |token, command| feed(command.args(["poststop", "--lease", token]), &stdin),
+        |_, when| {
+            stage.gc(when);
+            check(&stage, when);
+        },
+    );
+}
+
+#[test]
+fn poststop_killed_at_every_step_in_the_file_system_leaves_nothing() {
+    kill_poststop_in_the_file_system("kills in the file system at poststop", Stage::assert_nothing_left);
+}
+
+#[test]
+fn no_file_of_a_lease_is_left_wherever_the_kill_comes() {
+    kill_poststop_in_the_file_system("files left by a kill", |stage, when| {
+        let dirs = ["leases", "index", "intents"].map(|dir| stage.world.path("state").join(dir));
+        let left: Vec<_> =
+            dirs.iter().flat_map(|dir| std::fs::read_dir(dir).unwrap()).map(|e| e.unwrap().path()).collect();
+        assert!(left.is_empty(), "{when}: {left:?}");
+    });
+}
+
+#[test]
+fn create_runtime_killed_at_every_step_in_the_file_system_keeps_the_lease_whole() {
+    if !has_strace("kills in the file system at createRuntime") {
+        return;
+    }
+    let stage = Stage::new(Way::Podman);
+    stage.fresh_bundle();
+    let mut init = Command::new("sleep").arg("300").spawn().unwrap();
+    let stdin = state("c1", init.id(), &stage.world.path("bundle"));
+    at_every_file_step(
+        &stage,
+        6,
+        || {
+            // This process owns it, so that gc keeps it whether it was bound or not.
+            let output = stage.world.hook(&["precreate"], stage.wanted().to_string().as_bytes());
+            assert!(output.status.success(), "{}", text(&output));
+            token_in(&output.stdout)
+        },
+        |token, command| feed(command.args(["createRuntime", "--lease", token]), &stdin),
+        |token, when| {
+            stage.gc(when);
+            let leases = stage.world.assert_consistent(&stage.foreign, when);
+            assert_eq!((leases.len(), &leases[0]["state"]), (1, &json!("active")), "{when}");
+            stage.must_release(token, when);
+        },
+    );
+    init.kill().unwrap();
+    init.wait().unwrap();
+}
+
+#[test]
+fn the_bundle_of_a_killed_create_has_the_old_config_or_the_new() {
+    if !has_strace("kills in the bundle") {
+        return;
+    }
+    let stage = Stage::new(Way::Shim);
+    let bundle = stage.world.path("bundle");
+    let (mut kept, mut replaced) = (0, 0);
+    for call in ["openat", "write", "rename", "fchown", "fchmod"] {
+        for nth in 1..MANY {
+            stage.fresh_bundle();
+            let mut command = Command::new("strace");
+            // Every second openat is the driver's; those on the config and on what replaces it are what counts here.
+            let path = (call == "openat").then(|| bundle.join("config.json"));
+            command.args(strace(call, path.as_deref(), nth)).arg(binaries().join("mig-runtime"));
+            command.arg("--mig-config").arg(stage.world.config()).args(["create", "--bundle"]);
+            let output = run(command.arg(&bundle).arg("c1"));
+            let now: Value = serde_json::from_slice(&std::fs::read(bundle.join("config.json")).unwrap()).unwrap();
+            match now == stage.wanted() {
+                true => kept += 1,
+                false => {
+                    assert!(now["annotations"]["mig.lease"].is_string(), "half a config: {now}");
+                    replaced += 1;
+                }
+            }
+            stage.gc("after a kill in the bundle");
+            stage.assert_nothing_left("after a kill in the bundle");
+            if !is_killed(&output) {
+                assert!(output.status.success(), "{}", text(&output));
+                break;
+            }
+        }
+    }
+    assert!(kept > 5 && replaced > 5, "{kept} kept, {replaced} replaced");
+}
