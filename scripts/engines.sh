@@ -107,12 +107,11 @@ eng_isolate() {
     trap 'exit 143' TERM
     mkdir -p "$ENG_DIR"/{bin,tmp,logs,home}
     eng_make_shadowed
-    # Each of the two dies with its parent. `set -m`: a background job would otherwise be born with SIGINT ignored.
-    set -m
-    setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child=KILL --mount-proc --propagation private \
+    # Each dies with its parent. A shell's background job is born with SIGINT and SIGQUIT ignored: undone.
+    env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --kill-child=KILL --mount-proc --propagation private \
         "$ENG_SELF" inside "$@" <&0 {owner}>&- &
     world=$!
-    set +m
     wait "$world" || rc=$?
     exit "$rc"
 }

@@ -263,8 +263,10 @@ impl Engine<'_> {
             let (key, value) = request.split_once('=').unwrap();
             format!("{}={value}", key.to_uppercase().replace('.', "_"))
         };
+        // podman reads --annotation as a line of CSV.
+        let annotation = |r: &&str| if r.contains(',') { format!("\"{r}\"") } else { (*r).to_owned() };
         match &self.runtime {
-            None => requests.iter().flat_map(|r| ["--annotation".into(), (*r).into()]).collect(),
+            None => requests.iter().flat_map(|r| ["--annotation".into(), annotation(r)]).collect(),
             Some(name) => {
                 let given = requests.iter().flat_map(|r| ["-e".into(), variable(r)]);
                 ["--runtime".into(), name.clone()].into_iter().chain(given).collect()

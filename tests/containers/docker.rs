@@ -127,7 +127,7 @@ impl Ctr<'_> {
 
     fn run(&self, annotation: &str, options: &[&str], id: &str, words: &[&str]) -> Command {
         let mut command = self.command(&["run", "--runc-binary", &self.wrapper, "--annotation", annotation]);
-        command.args(["--cgroup", &self.site.cgroup(id), "--null-io", "--rootfs"]).args(options);
+        command.args(["--cgroup", &self.site.cgroup(id), "--null-io", "--env", "PATH=/bin", "--rootfs"]).args(options);
         command.arg(self.site.dir.join("rootfs")).arg(id).args(words);
         command
     }
@@ -140,10 +140,10 @@ fn containerd_by_ctr() {
     let id = format!("ctr-{}", std::process::id());
     let ask = "mig.profile=1g.10gb";
     // The container's output goes to containerd's log fifo; what it saw is taken from a session in it.
-    must(&mut ctr.run(ask, &["-d"], &id, &["sleep", "600"]));
+    must(&mut ctr.run(ask, &["-d"], &id, &["/bin/sleep", "600"]));
     let lease = site.lease();
     assert_eq!(lease["holder"]["container"], json!(id));
-    let seen = Probe::read(&must(&mut ctr.command(&["task", "exec", "--exec-id", "x", &id, "mig-probe"])));
+    let seen = Probe::read(&must(&mut ctr.command(&["task", "exec", "--exec-id", "x", &id, "/bin/mig-probe"])));
     site.assert_given(&seen, &["1g.10gb"]);
     must(&mut ctr.command(&["task", "kill", "-s", "KILL", &id]));
     wait_for("the end of the task", SOON, || {
@@ -155,10 +155,10 @@ fn containerd_by_ctr() {
     must(&mut ctr.command(&["task", "delete", &id]));
     must(&mut ctr.command(&["container", "delete", &id]));
 
-    let output = run(&mut ctr.run("mig.profile=3g.13gb", &["--rm"], &format!("{id}-bad"), &["true"]));
+    let output = run(&mut ctr.run("mig.profile=3g.13gb", &["--rm"], &format!("{id}-bad"), &["/bin/true"]));
     assert!(!output.status.success() && text(&output).contains("mig: "), "{}", text(&output));
     assert!(text(&output).contains("3g.13gb") && text(&output).contains("1g.10gb"), "{}", text(&output));
-    must(&mut ctr.run(ask, &["--rm"], &format!("{id}-rm"), &["true"]));
+    must(&mut ctr.run(ask, &["--rm"], &format!("{id}-rm"), &["/bin/true"]));
     site.clean("after ctr run --rm");
     assert_eq!((site.audited("grant"), site.audited("release")), (2, 2));
 }

@@ -139,7 +139,7 @@ fn every_way_to_ask() {
     let cases: [(&[&str], &[&str]); 8] = [
         (&["mig.profile=2x1g.10gb"], &["1g.10gb", "1g.10gb"]),
         (&["mig.profile=2g.20gb,1g.10gb"], &["2g.20gb", "1g.10gb"]),
-        // No board has a 5g; the second is the first that there is.
+        // Four whole GPUs are never to be had here.
         (&["mig.profile=7g.80gb,7g.80gb,7g.80gb,7g.80gb|4g.40gb"], &["4g.40gb"]),
         (&["mig.memory=15GiB"], &["1g.20gb"]),
         (&["mig.memory=8GiB"], &["1g.10gb"]),
