@@ -35,8 +35,10 @@ fn main() {
     }
     let option = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)?.parse().ok());
     let rounds: usize = option("--rounds").unwrap_or(40);
-    let dist = std::env::var_os("MIG_TEST_DIST").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/dist"), PathBuf::from);
-    let runc = ["/usr/bin/runc", "/usr/sbin/runc"].into_iter().find(|p| Path::new(p).exists()).expect("runc is not installed");
+    let dist = std::env::var_os("MIG_TEST_DIST")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/dist"), PathBuf::from);
+    let runc =
+        ["/usr/bin/runc", "/usr/sbin/runc"].into_iter().find(|p| Path::new(p).exists()).expect("runc is not installed");
     let dir = tempfile::Builder::new().prefix("mig-bench").tempdir_in(base()).unwrap();
     let bench = Bench { dir: dir.path().to_owned() };
     bench.lay_out(&dist, runc);
@@ -52,7 +54,11 @@ fn main() {
         Case { name: "runc", runtime: vec![runc.into()], config: bench.config(json!({})) },
         Case { name: "mig-runtime, nothing asked", runtime: shim(&[]), config: bench.config(json!({})) },
         Case { name: "mig-runtime, nothing asked, 9 KB config", runtime: shim(&["--mig-env"]), config: docker_like },
-        Case { name: "mig-runtime, 1g.10gb cut fresh", runtime: shim(&[]), config: bench.config(json!({"mig.profile": "1g.10gb"})) },
+        Case {
+            name: "mig-runtime, 1g.10gb cut fresh",
+            runtime: shim(&[]),
+            config: bench.config(json!({"mig.profile": "1g.10gb"})),
+        },
     ];
     println!("create + start + delete, {rounds} rounds, each case once a round in turn; runc {}", version(runc));
     println!();
@@ -98,7 +104,8 @@ fn main() {
 fn base() -> &'static str {
     let runs = |dir: &str| {
         let copy = Path::new(dir).join(format!("mig-bench-{}", std::process::id()));
-        let ran = std::fs::copy("/bin/busybox", &copy).is_ok() && Command::new(&copy).arg("true").status().is_ok_and(|s| s.success());
+        let ran = std::fs::copy("/bin/busybox", &copy).is_ok()
+            && Command::new(&copy).arg("true").status().is_ok_and(|s| s.success());
         let _ = std::fs::remove_file(&copy);
         ran
     };
@@ -149,7 +156,8 @@ impl Bench {
         let _ = std::fs::remove_file(&pid_file);
         let mut cost = Cost { wall: 0.0, cpu: 0.0 };
         let bundle = self.path("b").display().to_string();
-        let create = ["create", "--bundle", &bundle, "--pid-file", &pid_file.display().to_string(), &id].map(str::to_owned);
+        let create =
+            ["create", "--bundle", &bundle, "--pid-file", &pid_file.display().to_string(), &id].map(str::to_owned);
         self.timed(case, &create, &mut cost);
         self.timed(case, &["start".into(), id.clone()], &mut cost);
         let pid = std::fs::read_to_string(&pid_file).unwrap();
@@ -194,7 +202,12 @@ impl Bench {
     }
 
     fn migctl(&self, dist: &Path, args: &[&str]) -> Value {
-        let output = Command::new(dist.join("migctl")).arg("--config").arg(self.path("config.toml")).args(args).output().unwrap();
+        let output = Command::new(dist.join("migctl"))
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .args(args)
+            .output()
+            .unwrap();
         serde_json::from_slice(&output.stdout).unwrap()
     }
 }
@@ -211,7 +224,8 @@ fn version(runc: &str) -> String {
 
 /// A config as large as docker's: the padding is what docker's seccomp profile would be.
 fn padded(mut config: Value, bytes: usize) -> Value {
-    let names: Vec<String> = (0..).map(|n| format!("x{n:04}")).take(bytes.saturating_sub(config.to_string().len()) / 8).collect();
+    let names: Vec<String> =
+        (0..).map(|n| format!("x{n:04}")).take(bytes.saturating_sub(config.to_string().len()) / 8).collect();
     config["x-padding"] = json!(names);
     config
 }
@@ -231,7 +245,14 @@ fn peak(words: &[String]) -> f64 {
 
 fn peak_of(words: &[String]) {
     // Through a small shell: a child's peak begins with its parent's memory, and ours is larger than what is measured.
-    let status = Command::new("/bin/sh").arg("-c").arg("exec \"$@\"").arg("sh").args(words).stdout(Stdio::null()).status().unwrap();
+    let status = Command::new("/bin/sh")
+        .arg("-c")
+        .arg("exec \"$@\"")
+        .arg("sh")
+        .args(words)
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
     assert!(status.success(), "{words:?}: {status}");
     println!("{}", getrusage(UsageWho::RUSAGE_CHILDREN).unwrap().max_rss());
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::config::{Foreign, Settings};
 use crate::first::index_name;
 use crate::gpu::{Device, Gpu, GpuError, Instance, MigMode};
-use crate::host::{self, Host, HostError, Majors, ProcessId};
+use crate::host::{self, Host, HostError, Majors};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
 use crate::placement::{self, Choice, Held, Reason, Room, Window};
 use crate::profile;
@@ -177,6 +177,7 @@ impl<'a> Engine<'a> {
             match self.cut(lock, &mut lease, &leases, majors) {
                 Ok(()) => {
                     lease.state = State::Active;
+                    lease.granted_boot_ms = Some(host::boot_ms());
                     self.store.put(lock, &lease.token, &lease)?;
                     self.index(lock, &lease)?;
                     return Ok(Grant { lease, majors });
@@ -244,6 +245,7 @@ impl<'a> Engine<'a> {
             reason: None,
             created_boot_ms: host::boot_ms(),
             created_ms: host::wall_ms(),
+            granted_boot_ms: None,
             holder: holder.clone(),
             slices,
         })
@@ -543,20 +545,15 @@ impl<'a> Engine<'a> {
 
     /// A shim's lease learns its init from the pid file that the runtime wrote. True when it did.
     fn learn_init(&self, lease: &mut Lease) -> bool {
-        let holder = &lease.holder;
+        let holder = &mut lease.holder;
         if lease.state != State::Active || holder.init.is_some() {
             return false;
         }
-        let Some(process) = holder.pid_file.as_deref().and_then(pid_in) else { return false };
-        // A pid file may be older than a reused pid: the process must be in the cgroup that the config named.
-        let at = host::cgroup(process.pid);
-        let expected = holder.cgroup.as_deref().is_none_or(|wanted| at.as_deref().is_some_and(|c| c.ends_with(wanted)));
-        if expected {
-            lease.holder.init = Some(process);
-            lease.holder.cgroup = at.or(lease.holder.cgroup.take());
-            lease.holder.mount_namespace = host::mount_namespace(std::process::id());
-        }
-        expected
+        let Some(process) = holder.pid_file.as_deref().and_then(host::process_in_pid_file) else { return false };
+        holder.init = Some(process);
+        holder.cgroup = host::cgroup(process.pid).or(holder.cgroup.take());
+        holder.mount_namespace = host::mount_namespace(std::process::id());
+        true
     }
 
     fn facts(&self, lease: &Lease) -> Facts {
@@ -750,15 +747,6 @@ fn index_of(holder: &Holder) -> Option<String> {
     index_name(holder.runtime_root.as_deref(), holder.container.as_deref()?)
 }
 
-/// A pid file that root wrote, and the living process that it names.
-fn pid_in(path: &Path) -> Option<ProcessId> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = path.symlink_metadata().ok()?;
-    let ours = meta.is_file() && meta.uid() == nix::unistd::geteuid().as_raw();
-    let pid = ours.then(|| std::fs::read_to_string(path).ok())??.trim().parse().ok()?;
-    host::process(pid)
-}
-
 fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {
     Action { token: lease.token.clone(), container: lease.holder.container.clone(), result, reason: reason.to_owned() }
 }
@@ -868,12 +856,13 @@ fn refused(request: &Request, failure: Failure) -> Failure {
 }
 
 fn audit_release(lease: &Lease) {
+    let Some(granted) = lease.granted_boot_ms else { return };
     audit(
         "release",
         &lease.holder,
         serde_json::json!({
             "token": lease.token, "reason": lease.reason, "slices": audited(lease),
-            "held_ms": host::boot_ms().saturating_sub(lease.created_boot_ms),
+            "held_ms": host::boot_ms().saturating_sub(granted),
         }),
     );
 }

@@ -97,18 +97,10 @@ fn parse(args: &[OsString]) -> Result<Call> {
 fn precreate(settings: &Settings) -> Result<()> {
     let shown = "the config on standard input";
     let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
-    let edited = grant_into(settings, &bytes, shown)?;
-    let Some((token, value)) = edited else { return Ok(std::io::stdout().write_all(&bytes)?) };
-    let written = serde_json::to_vec(&value).map_err(anyhow::Error::from).and_then(|text| {
-        let mut out = std::io::stdout().lock();
-        Ok(out.write_all(&text).and_then(|()| out.flush())?)
-    });
-    written.inspect_err(|_| give_back(settings, &token)).context("cannot write the edited config to standard output")
-}
-
-fn grant_into(settings: &Settings, bytes: &[u8], shown: &str) -> Result<Option<(String, Value)>> {
-    let config = bundle::parse(bytes, shown)?;
-    let Some(request) = request::from_annotations(annotations(&config.value), None)? else { return Ok(None) };
+    let config = bundle::parse(&bytes, shown)?;
+    let Some(request) = request::from_annotations(annotations(&config.value), None)? else {
+        return Ok(std::io::stdout().write_all(&bytes)?);
+    };
     let mut value = config.certain(shown)?;
     let owner = host::parent(std::process::id()).context("cannot tell which process runs this hook")?;
     let mut holder = engine::new_holder(Way::Precreate, owner);
@@ -116,9 +108,12 @@ fn grant_into(settings: &Settings, bytes: &[u8], shown: &str) -> Result<Option<(
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let grant = engine.acquire(&request, &holder)?;
-    let token = grant.lease.token.clone();
-    edit(settings, &grant, &mut value, true).inspect_err(|_| give_back(settings, &token))?;
-    Ok(Some((token, value)))
+    let handed_on = edit(settings, &grant, &mut value, true).and_then(|()| {
+        let mut out = std::io::stdout().lock();
+        let written = out.write_all(&serde_json::to_vec(&value)?).and_then(|()| out.flush());
+        written.context("cannot write the edited config to standard output")
+    });
+    handed_on.inspect_err(|_| give_back(&engine, &grant.lease.token))
 }
 
 /// Writes a grant into a config, and refuses where the container could reach more than its own slices.
@@ -149,11 +144,8 @@ pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind:
 }
 
 /// Releases what a failure after acquire leaves over.
-pub(crate) fn give_back(settings: &Settings, token: &str) {
-    let nvml = Nvml::at(&settings.nvml);
-    let released = Engine::open(settings, &nvml)
-        .and_then(|engine| engine.release(token, None, "the container could not be set up"));
-    if let Err(error) = released {
+pub(crate) fn give_back(engine: &Engine, token: &str) {
+    if let Err(error) = engine.release(token, None, "the container could not be set up") {
         tracing::error!(token, "cannot give the slice back, migctl gc will: {error}");
     }
 }

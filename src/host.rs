@@ -187,6 +187,20 @@ pub fn alive(process_id: ProcessId) -> bool {
     process(process_id.pid) == Some(process_id)
 }
 
+/// The process that a pid file of ours names, if it is alive. The runtime writes the file when init exists already: a
+/// process that started after the file was written has only got the number again. 2 s are for a clock that is being set.
+pub fn process_in_pid_file(path: &Path) -> Option<ProcessId> {
+    let meta = path.symlink_metadata().ok()?;
+    if !meta.is_file() || meta.uid() != nix::unistd::geteuid().as_raw() {
+        return None;
+    }
+    let process = process(fs::read_to_string(path).ok()?.trim().parse().ok()?)?;
+    let age_ms = meta.modified().ok()?.elapsed().map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+    let written_ms = boot_ms().saturating_sub(age_ms);
+    // Field 22 counts in USER_HZ, which is 100 on every Linux (proc_pid_stat(5), sysconf(_SC_CLK_TCK)).
+    (process.start * 10 <= written_ms + 2_000).then_some(process)
+}
+
 /// Parent of a process.
 pub fn parent(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -242,11 +256,11 @@ fn pids() -> Vec<u32> {
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Living processes in a cgroup or below it. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the
+/// Living processes in a cgroup, named whole or by the end of its path, or below it. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the
 /// cgroup file system is mounted for us.
 pub fn processes_in(wanted: &str) -> Vec<u32> {
     let below = format!("{wanted}/");
-    let inside = |pid: &u32| cgroup(*pid).is_some_and(|c| c == wanted || c.starts_with(&below));
+    let inside = |pid: &u32| cgroup(*pid).is_some_and(|c| c.ends_with(wanted) || c.contains(&below));
     pids().into_iter().filter(|pid| inside(pid) && process(*pid).is_some()).collect()
 }
 
@@ -330,6 +344,25 @@ mod tests {
         }
         assert!(Path::new(&format!("/proc/{}", child.id())).exists());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_pid_file_older_than_its_process_names_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        fs::write(&path, std::process::id().to_string()).unwrap();
+        assert_eq!(process_in_pid_file(&path), process(std::process::id()));
+        let before = std::time::SystemTime::now() - std::time::Duration::from_millis(boot_ms() / 2);
+        fs::File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
+        let young = std::process::Command::new("/bin/sleep").arg("5").spawn().unwrap();
+        fs::write(&path, young.id().to_string()).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
+        assert_eq!(process_in_pid_file(&path), None);
+        let mut young = young;
+        young.kill().unwrap();
+        young.wait().unwrap();
+        fs::write(&path, "no pid").unwrap();
+        assert_eq!(process_in_pid_file(&path), None);
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub struct Lease {
     pub created_boot_ms: u64,
     /// Milliseconds since 1970 when it was written first.
     pub created_ms: u64,
+    /// Milliseconds since boot when it became Active: only what was granted is released in the audit's sense.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granted_boot_ms: Option<u64>,
     /// Who has it.
     pub holder: Holder,
     /// What it has, in the order asked.
@@ -84,7 +87,7 @@ pub struct Holder {
     pub owner: Option<ProcessId>,
     /// The container's first process, once known.
     pub init: Option<ProcessId>,
-    /// Its cgroup in the hierarchy of the device rules.
+    /// Its cgroup in the hierarchy of the device rules; the end of that path until init is known.
     pub cgroup: Option<String>,
     /// Mount namespace of the runtime, as `mnt:[N]`.
     pub mount_namespace: Option<String>,
@@ -275,7 +278,17 @@ pub(crate) mod tests {
             bundle_missing_boot_ms: None,
         };
         let (token, created_boot_ms, created_ms) = ("t".to_owned(), 0, 0);
-        Lease { version: VERSION, token, state, reason: None, created_boot_ms, created_ms, holder, slices: vec![] }
+        Lease {
+            version: VERSION,
+            token,
+            state,
+            reason: None,
+            created_boot_ms,
+            created_ms,
+            granted_boot_ms: None,
+            holder,
+            slices: vec![],
+        }
     }
 
     #[test]

@@ -36,16 +36,17 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
         Err(error) => return refuse(&plan, &error.into()),
     };
     report::start_logging(&settings, false);
+    let nvml = Nvml::at(&settings.nvml); // loads nothing before it is asked something
     let prepared = match plan.verb {
-        Verb::Create | Verb::Run => create(&plan, &settings),
+        Verb::Create | Verb::Run => create(&plan, &settings, &nvml),
         Verb::Restore => restore(&plan).map(|()| None),
         Verb::Exec => {
-            if let Err(error) = exec(&plan, &settings) {
+            if let Err(error) = exec(&plan, &settings, &nvml) {
                 tracing::warn!("the process gets no environment of its slice: {}", report::sentence(&error));
             }
             Ok(None)
         }
-        Verb::Delete => return delete(&plan, &settings, &env),
+        Verb::Delete => return delete(&plan, &settings, &nvml, &env),
         Verb::Other => Ok(None),
     };
     match prepared {
@@ -54,8 +55,8 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
             pipe.restore();
             let error = first::hand_over(&plan, settings.runtime.as_deref(), &env);
             let _ = Sigpipe::ignore();
-            if let Some(token) = token {
-                hook::give_back(&settings, &token);
+            if let (Some(token), Ok(engine)) = (token, Engine::open(&settings, &nvml)) {
+                hook::give_back(&engine, &token);
             }
             refuse(&plan, &Refused(error).into())
         }
@@ -75,7 +76,7 @@ fn refuse(plan: &Plan, error: &anyhow::Error) -> i32 {
 
 /// Edits the config of a container that asks for slices. The token of what was acquired, to be given back should the
 /// hand-over fail.
-fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
+fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String>> {
     if !plan.own.unknown.is_empty() {
         let unknown = plan.own.unknown.join(", ");
         return Err(
@@ -93,8 +94,7 @@ fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
     };
     let mut value = config.certain(&shown)?;
     let holder = holder(plan, settings, &value)?;
-    let nvml = Nvml::at(&settings.nvml);
-    let engine = Engine::open(settings, &nvml)?;
+    let engine = Engine::open(settings, nvml)?;
     let believable = |token: &&str| first::plain_name(token) && edits::carries_lease(&value, token);
     if let Some(token) = edits::marked(&value).filter(believable)
         && engine.adopt(token, &holder)?
@@ -105,7 +105,7 @@ fn create(plan: &Plan, settings: &Settings) -> Result<Option<String>> {
     let token = grant.lease.token.clone();
     let put = hook::edit(settings, &grant, &mut value, holder.pid_file.is_none())
         .and_then(|()| Ok(bundle::replace(&path, &value)?))
-        .inspect_err(|_| hook::give_back(settings, &token));
+        .inspect_err(|_| hook::give_back(&engine, &token));
     put.map(|()| Some(token))
 }
 
@@ -156,10 +156,9 @@ fn restore(plan: &Plan) -> Result<()> {
 }
 
 /// Adds the slice's environment to a process that joins its container: engines build it from the image's.
-fn exec(plan: &Plan, settings: &Settings) -> Result<()> {
+fn exec(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<()> {
     let (Some(file), Some(id)) = (&plan.process, plan.id.as_ref().and_then(|id| id.to_str())) else { return Ok(()) };
-    let nvml = Nvml::at(&settings.nvml);
-    let Some(lease) = Engine::open(settings, &nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
+    let Some(lease) = Engine::open(settings, nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
     let shown = file.display().to_string();
     let mut process = bundle::parse(&bundle::read(file)?, &shown)?.certain(&shown)?;
     edits::set_environment(&mut process, &edits::environment(&lease.uuids(), &lease.profiles())).map_err(Refused)?;
@@ -169,7 +168,7 @@ fn exec(plan: &Plan, settings: &Settings) -> Result<()> {
 /// Deletes by the runtime, then releases if that worked or the container is over anyway: a plain `delete` of a running
 /// container fails, and it lives on. Engines call this after every end, also after a failed create, where crun and youki
 /// run no poststop hook.
-fn delete(plan: &Plan, settings: &Settings, env: &[OsString]) -> i32 {
+fn delete(plan: &Plan, settings: &Settings, nvml: &Nvml, env: &[OsString]) -> i32 {
     let low_level = match first::low_level_runtime(plan, settings.runtime.as_deref()) {
         Ok(low_level) => low_level,
         Err(reason) => return refuse(plan, &Refused(reason).into()),
@@ -180,16 +179,15 @@ fn delete(plan: &Plan, settings: &Settings, env: &[OsString]) -> i32 {
             return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display())));
         }
     };
-    if let Err(error) = release_after_delete(plan, settings, code == 0) {
+    if let Err(error) = release_after_delete(plan, settings, nvml, code == 0) {
         tracing::error!("after delete: {}", report::sentence(&error));
     }
     code
 }
 
-fn release_after_delete(plan: &Plan, settings: &Settings, deleted: bool) -> Result<()> {
+fn release_after_delete(plan: &Plan, settings: &Settings, nvml: &Nvml, deleted: bool) -> Result<()> {
     let Some(id) = plan.id.as_ref().and_then(|id| id.to_str()) else { return Ok(()) };
-    let nvml = Nvml::at(&settings.nvml);
-    let engine = Engine::open(settings, &nvml)?;
+    let engine = Engine::open(settings, nvml)?;
     let Some(lease) = engine.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
     if !deleted && !engine.is_over(&lease) {
         return Ok(());

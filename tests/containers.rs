@@ -131,7 +131,10 @@ impl Site {
     /// For engines that take a runtime's path and no options for it: a script that adds ours.
     fn wrapper(&self, options: &str) -> PathBuf {
         let (shim, config) = (binaries().join("mig-runtime"), self.config());
-        self.script("mig-runtime", &format!("exec {} --mig-config {} {options} \"$@\"", shim.display(), config.display()))
+        self.script(
+            "mig-runtime",
+            &format!("exec {} --mig-config {} {options} \"$@\"", shim.display(), config.display()),
+        )
     }
 
     fn shown(&self, relative: &str) -> String {
@@ -318,8 +321,11 @@ impl Engine<'_> {
         let own: Vec<String> = probe.nodes.values().map(|(device, _)| device.clone()).collect();
         let others = self.site.others(probe);
         let verdicts = self.try_devices(id, &[own.clone(), others.clone()].concat());
-        let expected: BTreeMap<String, String> =
-            own.into_iter().map(|d| (d, "allowed".into())).chain(others.into_iter().map(|d| (d, "denied".into()))).collect();
+        let expected: BTreeMap<String, String> = own
+            .into_iter()
+            .map(|d| (d, "allowed".into()))
+            .chain(others.into_iter().map(|d| (d, "denied".into())))
+            .collect();
         assert_eq!(verdicts, expected);
     }
 

@@ -112,9 +112,9 @@ fn a_bind_that_can_not_be_believed_fails_the_create() {
             64,
             "token",
         ),
-        ("no State", world.hook(&["createRuntime", "--lease", &token], b""), 70, "State"),
-        ("no JSON", world.hook(&["createRuntime", "--lease", &token], b"{\"id\":"), 70, "State"),
-        ("pid 0", bind(&world, &token, "c1", 0), 70, "pid"),
+        ("no State", world.hook(&["createRuntime", "--lease", &token], b""), 65, "State"),
+        ("no JSON", world.hook(&["createRuntime", "--lease", &token], b"{\"id\":"), 65, "State"),
+        ("pid 0", bind(&world, &token, "c1", 0), 65, "pid"),
         ("an id that is a path", bind(&world, &token, "../c1", 1), 77, "plain name"),
         (
             "createContainer",

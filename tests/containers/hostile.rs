@@ -118,7 +118,10 @@ fn assert_plain(config: &Value, bundle: &Path) {
     let hooks = config["hooks"].as_object().unwrap();
     let ours = hooks.values().flat_map(|h| h.as_array().unwrap()).filter(|h| h.to_string().contains("mig-hook"));
     for hook in ours {
-        assert!(!hook["env"].as_array().unwrap().is_empty() && hook["path"].as_str().unwrap().starts_with('/'), "{hook}");
+        assert!(
+            !hook["env"].as_array().unwrap().is_empty() && hook["path"].as_str().unwrap().starts_with('/'),
+            "{hook}"
+        );
     }
     assert!(!hooks.contains_key("createContainer") && !hooks.contains_key("startContainer"), "{hooks:#?}");
 }

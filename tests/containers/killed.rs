@@ -47,7 +47,9 @@ fn a_podman_killed_while_the_slice_is_cut_leaves_nothing() {
     wait_for("a GPU instance", SOON, || !site.instances().is_empty());
     child.kill().unwrap();
     child.wait().unwrap();
-    wait_for("the hook's end", SOON, || crate::pids_of(&["mig-engine", &site.shown("config.toml"), "precreate"]).is_empty());
+    wait_for("the hook's end", SOON, || {
+        crate::pids_of(&["mig-engine", &site.shown("config.toml"), "precreate"]).is_empty()
+    });
     site.gc();
     site.assert_clean("after gc");
 }

@@ -1,7 +1,7 @@
 //! podman by annotation: hooks.d, precreate.
 
-use crate::common::{run, text};
-use crate::{IMAGE, PROBE_AND_WAIT, Probe, Site, must};
+use crate::common::{installed as installed_here, run, text};
+use crate::{Engine, IMAGE, PROBE_AND_WAIT, Probe, Site, must};
 
 fn each_has_its_own(runtime: &str) {
     let Some(site) = Site::new(&["podman", runtime]) else { return };
@@ -156,6 +156,68 @@ fn every_way_to_ask() {
         podman.ok(&["rm", "-f", "-t", "0", &id]);
         site.clean(&format!("after {requests:?}"));
     }
+}
+
+/// The slice's nodes and nothing else are there and open, whatever else the container was given.
+fn assert_open(engine: &Engine, options: &[&str]) {
+    let options = [&["--rm"], options].concat();
+    let output = run(&mut engine.request(&["mig.profile=1g.10gb"], &options, &["mig-probe"]));
+    assert!(output.status.success(), "{options:?}: {}", text(&output));
+    let seen = Probe::read(&text(&output));
+    assert_eq!(seen.nodes.len(), 6, "{options:?}: {seen:?}");
+    assert!(seen.nodes.values().all(|(_, verdict)| verdict == "allowed"), "{options:?}: {seen:?}");
+    engine.site.clean(&format!("after {options:?}"));
+}
+
+#[test]
+fn other_options_do_not_matter() {
+    let Some(site) = Site::new(&["podman"]) else { return };
+    let podman = site.podman("runc");
+    let cases: [&[&str]; 6] = [
+        &["--user", "1000"],
+        &["--pid", "host"],
+        &["--network", "host", "--ipc", "host", "--read-only"],
+        &["--cap-add", "ALL", "--security-opt", "seccomp=unconfined"],
+        // Of the host's devices and mounts under our names nothing stays.
+        &["--device", "/dev/null:/dev/nvidia0", "--device", "/dev/zero:/dev/nvidia-caps/nvidia-cap1"],
+        &["-v", "/dev/null:/dev/nvidia1", "--mount", "type=tmpfs,dst=/dev/nvidia-caps"],
+    ];
+    cases.iter().for_each(|options| assert_open(&podman, options));
+    if installed_here("crun") {
+        // runc mounts nodes from the host's /dev into a user namespace, and the simulated machine has none there.
+        assert_open(&site.podman("crun"), &["--uidmap", "0:100000:65536"]);
+    }
+}
+
+#[test]
+fn other_options_do_not_matter_to_docker() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(&["--mig-env"]);
+    let cases: [&[&str]; 3] = [&["--user", "1000", "--init"], &["--pid", "host"], &["--device", "/dev/null:/dev/nvidia0"]];
+    cases.iter().for_each(|options| assert_open(&docker, options));
+}
+
+/// Into a /dev that is the host's no runtime makes nodes: the container would run without what it asked for.
+#[test]
+fn the_hosts_dev_is_refused() {
+    let Some(site) = Site::new(&["podman", "docker"]) else { return };
+    for engine in [site.podman("runc"), site.docker(&["--mig-env"])] {
+        engine.assert_refused(&["mig.profile=1g.10gb"], &["--rm", "-v", "/dev:/dev"], &["/dev"]);
+    }
+    site.assert_clean("after refusals");
+}
+
+#[test]
+fn what_was_created_may_be_started_later() {
+    let Some(site) = Site::new(&["podman"]) else { return };
+    let podman = site.podman("runc");
+    let id = podman.ok(&["create", "--annotation", "mig.profile=1g.10gb", IMAGE, "sh", "-c", PROBE_AND_WAIT]);
+    podman.ok(&["init", id.trim()]);
+    assert_eq!(site.gc(), ["kept"], "podman is gone, but the container lives");
+    podman.ok(&["start", id.trim()]);
+    site.assert_given(&podman.probe(id.trim()), &["1g.10gb"]);
+    podman.ok(&["rm", "-f", "-t", "0", id.trim()]);
+    site.clean("after rm");
 }
 
 #[test]
