@@ -77,9 +77,9 @@ eng_scratch() {
     eng_die "neither /tmp, /var/tmp nor /root can be written and executed from"
 }
 
-# Where engines keep things whatever they are told. Covered by an empty tmpfs in the mount namespace, so that nothing of
-# the host's is seen or changed.
-eng_shadowed=(/run/runc /run/crun /run/containerd /run/docker /run/libpod /run/containers /run/mount
+# Where engines keep things whatever they are told, and the leases of a mig-hook that is at work here. Covered by an empty
+# tmpfs in the mount namespace, so that nothing of the host's is seen or changed.
+eng_shadowed=(/run/mig-hook /run/runc /run/crun /run/containerd /run/docker /run/libpod /run/containers /run/mount
     /var/lib/containers /var/lib/cni /etc/docker /etc/cni)
 
 # Directories that have to be made for that. They are taken away again, if nothing moved in.
@@ -106,6 +106,8 @@ eng_isolate() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     mkdir -p "$ENG_DIR"/{bin,tmp,logs,home}
+    # Some tests become an ordinary user.
+    chmod 711 "$ENG_DIR" && chmod 1777 "$ENG_DIR/tmp"
     eng_make_shadowed
     # Each dies with its parent. A shell's background job is born with SIGINT and SIGQUIT ignored: undone.
     env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
@@ -120,7 +122,7 @@ eng_isolate() {
 eng_inside() {
     local dir rc=0
     for dir in "${eng_shadowed[@]}"; do
-        mount -n -t tmpfs -o mode=755 mig-shadow "$dir" || return
+        mount -n -t tmpfs -o mode=700 mig-shadow "$dir" || return
     done
     # Hybrid cgroups: crun and newer engines refuse them while a controller lives on the unified tree. Without that
     # tree it is plain v1.

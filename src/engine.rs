@@ -216,7 +216,11 @@ impl<'a> Engine<'a> {
         if lease.slices[at].ours {
             lease.slices[at].step = Step::CreatingInstance;
             self.store.put(lock, &lease.token, lease)?;
-            let instance = self.gpu.create_instance(&gpu, lease.slices[at].profile, lease.slices[at].placement)?;
+            let created = self.gpu.create_instance(&gpu, lease.slices[at].profile, lease.slices[at].placement);
+            if let Err(GpuError::NoRoom { .. }) = created {
+                lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
+            }
+            let instance = created?;
             lease.slices[at].gi = Some(instance.id);
             lease.slices[at].step = Step::CreatingCompute;
             self.store.put(lock, &lease.token, lease)?;
@@ -444,7 +448,7 @@ impl<'a> Engine<'a> {
         let holder = &mut lease.holder;
         holder.container = Some(binding.container.clone());
         holder.init = host::process(binding.pid);
-        holder.cgroup = host::cgroup(binding.pid).or(holder.cgroup.take());
+        holder.cgroup = host::own_cgroup(binding.pid).or(holder.cgroup.take());
         holder.bundle = binding.bundle.clone().or(holder.bundle.take());
         holder.runtime_root = binding.runtime_root.clone().or(holder.runtime_root.take());
         holder.runtime = binding.runtime.clone().or(holder.runtime.take());
@@ -521,7 +525,10 @@ impl<'a> Engine<'a> {
     fn reap(&self, lock: &Lock) -> Result<Vec<Action>, Failure> {
         let mut actions = Vec::new();
         for mut lease in self.leases()? {
-            if self.learn_init(&mut lease) {
+            // A bundle that is back was only moved: the minute begins anew.
+            let back = lease.holder.bundle.as_deref().is_none_or(Path::exists)
+                && lease.holder.bundle_missing_boot_ms.take().is_some();
+            if self.learn_init(&mut lease) || back {
                 self.store.put(lock, &lease.token, &lease)?;
             }
             let action = match verdict(&lease, self.facts(&lease)) {
@@ -551,7 +558,7 @@ impl<'a> Engine<'a> {
         }
         let Some(process) = holder.pid_file.as_deref().and_then(host::process_in_pid_file) else { return false };
         holder.init = Some(process);
-        holder.cgroup = host::cgroup(process.pid).or(holder.cgroup.take());
+        holder.cgroup = host::own_cgroup(process.pid).or(holder.cgroup.take());
         holder.mount_namespace = host::mount_namespace(std::process::id());
         true
     }
@@ -654,7 +661,7 @@ impl<'a> Engine<'a> {
             return Ok(None);
         }
         let Some(instance) = self.still_ours(&slice)? else { return Ok(None) };
-        if (recovering || slice.step != Step::Whole)
+        if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
             && let Some(pid) = self.user_in(&slice, &instance)?
         {
             let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
@@ -662,6 +669,9 @@ impl<'a> Engine<'a> {
         }
         lease.slices[at].gi = Some(instance.id);
         for compute in &instance.compute {
+            // Known for ours from here on, also to the run after a kill or a refusal.
+            lease.slices[at].ci = Some(compute.id);
+            lease.slices[at].uuid = Some(compute.uuid.clone());
             lease.slices[at].step = Step::DestroyingCompute;
             self.store.put(lock, &lease.token, lease)?;
             if let Some(busy) = obstacle(self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {

@@ -234,8 +234,14 @@ pub fn mount_namespace(pid: u32) -> Option<String> {
     Some(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?.to_string_lossy().into_owned())
 }
 
+/// The cgroup of a container's process; `None` when it shares ours, as with `podman --cgroups=disabled`: who else lives
+/// there says nothing about the container.
+pub fn own_cgroup(pid: u32) -> Option<String> {
+    cgroup(pid).filter(|theirs| Some(theirs) != cgroup(std::process::id()).as_ref())
+}
+
 /// The cgroup of a process in which its device rules live: the v1 `devices` hierarchy, else the unified one.
-pub fn cgroup(pid: u32) -> Option<String> {
+fn cgroup(pid: u32) -> Option<String> {
     device_cgroup(&fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?)
 }
 

@@ -60,6 +60,9 @@ pub fn exit_code(error: &anyhow::Error) -> Exit {
                 Failure::Store(_) => Exit::Io,
             };
         }
+        if let Some(error) = cause.downcast_ref::<StoreError>() {
+            return if matches!(error, StoreError::Busy { .. }) { Exit::NoRoom } else { Exit::Io };
+        }
         if cause.is::<RequestError>() {
             return Exit::BadRequest;
         }

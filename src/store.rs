@@ -188,9 +188,10 @@ impl Store {
         if let Some(name) = index.filter(|name| self.indexed(name).as_deref() == Some(token)) {
             self.unlink(lock, &self.dir.join("index").join(name))?;
         }
-        self.unlink(lock, &self.lease(token))?;
+        // The record goes last: while it is there, what a killed run left is found.
         self.unlink(lock, &self.intent(token, "ready"))?;
-        self.unlink(lock, &self.intent(token, "released"))
+        self.unlink(lock, &self.intent(token, "released"))?;
+        self.unlink(lock, &self.lease(token))
     }
 
     /// Lets a container be found by its index name (`first::index_name`).

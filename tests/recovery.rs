@@ -429,9 +429,9 @@ fn a_slice_in_use_for_ever_stays_releasing_and_is_nobody_elses() {
     let begun = Instant::now();
     let (whole, (code, actions)) = std::thread::scope(|scope| {
         let whole = scope.spawn(|| precreate(&world, "7g.80gb"));
-        (gc(&world), whole.join().unwrap())
-    })
-    .swap();
+        let cleared = gc(&world);
+        (whole.join().unwrap(), cleared)
+    });
     let waited = begun.elapsed();
     assert!(waited < Duration::from_secs(25), "{waited:?}");
     assert_eq!(code, NO_ROOM, "{actions:?}");
@@ -444,16 +444,6 @@ fn a_slice_in_use_for_ever_stays_releasing_and_is_nobody_elses() {
     poststop(&world, &other, "c2");
     gc_does(&world, "freed", "ended");
     world.assert_clean("when it is let go");
-}
-
-trait Swap<A, B> {
-    fn swap(self) -> (B, A);
-}
-
-impl<A, B> Swap<A, B> for (A, B) {
-    fn swap(self) -> (B, A) {
-        (self.1, self.0)
-    }
 }
 
 #[test]
@@ -692,7 +682,7 @@ fn thirty_at_once_over_and_over_never_share_a_slice() {
     const LONG: Duration = Duration::from_secs(4);
     let world = World::new(&common::DEMO);
     let profiles = ["1g.10gb", "2g.20gb", "3g.40gb"];
-    // What the containers believe to hold, and how often each was lucky. The simulator is the judge.
+    // What the containers believe to hold, and which of them. The simulator is the judge.
     let held: Mutex<BTreeMap<String, usize>> = Mutex::default();
     let until = Instant::now() + LONG;
     let (given, looks) = std::thread::scope(|scope| {

@@ -127,7 +127,8 @@ fn create_adds_exactly_the_slice_and_keeps_every_other_byte_of_meaning_and_order
     let asked_by_env = config(json!({}), &["PATH=/bin", "MIG_PROFILE=1g.10gb"]);
     let pid_file = world.path("pid");
     let pid_file = ["--pid-file", pid_file.to_str().unwrap()];
-    let cases: [(&str, &[&str], &Value, &str, &[&str], bool); 5] = [
+    type Case<'a> = (&'a str, &'a [&'a str], &'a Value, &'a str, &'a [&'a str], bool);
+    let cases: [Case; 5] = [
         ("annotation", &[], &annotated, "create", &[], true),
         ("annotation, --pid-file", &[], &annotated, "create", &pid_file, false),
         ("annotation, run", &[], &annotated, "run", &[], true),

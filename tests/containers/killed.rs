@@ -74,48 +74,54 @@ fn a_hook_killed_while_it_cuts_fails_the_container_and_gc_undoes_the_half() {
 
 /// The worst case of the engines' table: podman dies while its container is being created, the container waits for ever
 /// to be started, and the bundle is gone.
+fn orphan(runtime: &str) {
+    let Some(site) = Site::new(&["podman", runtime]) else { return };
+    let podman = site.podman(runtime);
+    // A hook of the test's before ours holds the create until we have our lock: then ours has to wait.
+    let gate = site.script(
+        "gate",
+        &format!("touch {0}/reached; until test -e {0}/go; do sleep 0.05; done", site.path("").display()),
+    );
+    let hook = serde_json::json!({
+        "version": "1.0.0", "hook": {"path": gate}, "when": {"always": true}, "stages": ["createRuntime"],
+    });
+    site.write("hooks.d/gate.json", &hook.to_string());
+    let name = format!("orphan-{runtime}-{}", std::process::id());
+    let mut command = podman.request(&["mig.profile=1g.10gb"], &["-d", "--name", &name], &["sleep", "600"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the first hook", SOON, || site.path("reached").exists());
+    let lock = File::options().write(true).open(site.path("state/lock")).unwrap();
+    let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+    site.write("go", "");
+    let token = site.lease()["token"].as_str().unwrap().to_owned();
+    wait_for("our hook", SOON, || !crate::pids_of(&["mig-engine", "createRuntime", &token]).is_empty());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(lock);
+    wait_for("the container is bound", SOON, || !site.lease()["holder"]["init"].is_null());
+    assert_eq!(site.gc(), ["kept"], "it could still be started");
+    run(&mut podman.command(&["rm", "-f", "-t", "0", &name]));
+
+    if site.leases().is_empty() {
+        // This podman ended it properly.
+        return site.clean("after rm");
+    }
+    assert_eq!(site.gc(), ["kept"], "the bundle has been gone for less than a minute");
+    assert!(!site.lease()["holder"]["bundle_missing_boot_ms"].is_null(), "{:#}", site.lease());
+    site.edit_lease(&token, |lease| lease["holder"]["bundle_missing_boot_ms"] = 1.into());
+    let init = site.lease()["holder"]["init"]["pid"].clone();
+    let actions = site.document(&["gc"]);
+    assert_eq!(actions["actions"][0]["result"], "freed", "{runtime}: {actions:#}\n{:#}", site.lease());
+    site.assert_clean("after gc");
+    wait_for("its first process is gone", SOON, || !std::path::Path::new(&format!("/proc/{init}/exe")).exists());
+}
+
 #[test]
 fn a_podman_killed_between_create_and_start_leaves_an_orphan_that_gc_deletes() {
-    for runtime in ["runc", "crun"] {
-        let Some(site) = Site::new(&["podman", runtime]) else { continue };
-        let podman = site.podman(runtime);
-        // A hook of the test's before ours holds the create until we have our lock: then ours has to wait.
-        let gate = site.script(
-            "gate",
-            &format!("touch {0}/reached; until test -e {0}/go; do sleep 0.05; done", site.path("").display()),
-        );
-        let hook = serde_json::json!({
-            "version": "1.0.0", "hook": {"path": gate}, "when": {"always": true}, "stages": ["createRuntime"],
-        });
-        site.write("hooks.d/gate.json", &hook.to_string());
-        let name = format!("orphan-{runtime}-{}", std::process::id());
-        let mut command = podman.request(&["mig.profile=1g.10gb"], &["-d", "--name", &name], &["sleep", "600"]);
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        wait_for("the first hook", SOON, || site.path("reached").exists());
-        let lock = File::options().write(true).open(site.path("state/lock")).unwrap();
-        let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
-        site.write("go", "");
-        let token = site.lease()["token"].as_str().unwrap().to_owned();
-        wait_for("our hook", SOON, || !crate::pids_of(&["mig-engine", "createRuntime", &token]).is_empty());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        drop(lock);
-        wait_for("the container is bound", SOON, || !site.lease()["holder"]["init"].is_null());
-        assert_eq!(site.gc(), ["kept"], "it could still be started");
-        run(&mut podman.command(&["rm", "-f", "-t", "0", &name]));
+    orphan("runc");
+}
 
-        if site.leases().is_empty() {
-            // This podman ended it properly.
-            site.clean("after rm");
-            continue;
-        }
-        assert_eq!(site.gc(), ["kept"], "the bundle has been gone for less than a minute");
-        assert!(!site.lease()["holder"]["bundle_missing_boot_ms"].is_null(), "{:#}", site.lease());
-        site.edit_lease(&token, |lease| lease["holder"]["bundle_missing_boot_ms"] = 1.into());
-        let init = site.lease()["holder"]["init"]["pid"].clone();
-        let actions = site.document(&["gc"]);
-        assert_eq!(actions["actions"][0]["result"], "freed", "{runtime}: {actions:#}\n{:#}", site.lease());
-        site.assert_clean("after gc");
-        wait_for("its first process is gone", SOON, || !std::path::Path::new(&format!("/proc/{init}/exe")).exists());
-    }
+#[test]
+fn a_podman_killed_between_create_and_start_leaves_an_orphan_that_gc_deletes_crun() {
+    orphan("crun");
 }

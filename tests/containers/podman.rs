@@ -193,7 +193,8 @@ fn other_options_do_not_matter() {
 fn other_options_do_not_matter_to_docker() {
     let Some(site) = Site::new(&["docker"]) else { return };
     let docker = site.docker(&["--mig-env"]);
-    let cases: [&[&str]; 3] = [&["--user", "1000", "--init"], &["--pid", "host"], &["--device", "/dev/null:/dev/nvidia0"]];
+    let cases: [&[&str]; 3] =
+        [&["--user", "1000", "--init"], &["--pid", "host"], &["--device", "/dev/null:/dev/nvidia0"]];
     cases.iter().for_each(|options| assert_open(&docker, options));
 }
 
