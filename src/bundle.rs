@@ -223,11 +223,10 @@ impl<'de> Visitor<'de> for Strict<'_> {
             let value = map.next_value_seed(Strict(&mut *self.0))?;
             let known = KNOWN.iter().find(|k| k.eq_ignore_ascii_case(&key) && **k != key);
             if self.0.is_none() {
+                let shown = || key.chars().take(60).collect::<String>();
                 *self.0 = match known {
-                    Some(known) => Some(format!("the key \"{}\" is a case variant of \"{known}\"", key.escape_debug())),
-                    None if object.contains_key(&key) => {
-                        Some(format!("the key \"{}\" is there twice", key.escape_debug()))
-                    }
+                    Some(known) => Some(format!("the key {:?} is a case variant of \"{known}\"", shown())),
+                    None if object.contains_key(&key) => Some(format!("the key {:?} is there twice", shown())),
                     None => None,
                 };
             }

@@ -4,6 +4,8 @@
 
 use std::path::Path;
 
+use oci_spec::OciSpecError;
+use oci_spec::runtime::{HookBuilder, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType};
 use serde_json::{Value, json};
 
 use crate::host::{Majors, NodeMode};
@@ -16,8 +18,8 @@ const CTL_MINOR: u32 = 255;
 const VARIABLES: [&str; 4] =
     ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
 /// Seconds that a runtime gives our hooks: the lock wait (15 s and 5 s) and the driver calls that follow.
-const BIND_TIMEOUT: u64 = 30;
-const POSTSTOP_TIMEOUT: u64 = 20;
+const BIND_TIMEOUT: i64 = 30;
+const POSTSTOP_TIMEOUT: i64 = 20;
 
 /// A device node for the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +104,7 @@ pub struct HookCall<'a> {
 }
 
 impl HookCall<'_> {
-    fn entry(&self, stage: &str, timeout: u64) -> Value {
+    fn entry(&self, stage: &str, timeout: i64) -> Result<Value, String> {
         let mut args = vec!["mig-hook".to_owned()];
         if let Some(config) = self.config {
             args.extend(["--config".into(), config.display().to_string()]);
@@ -110,7 +112,12 @@ impl HookCall<'_> {
         args.extend([stage.into(), "--lease".into(), self.token.into()]);
         // A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's
         // (CVE-2025-23266): so it is never left out.
-        json!({"path": self.program, "args": args, "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "timeout": timeout})
+        let hook = HookBuilder::default()
+            .path(self.program)
+            .args(args)
+            .env(["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()])
+            .timeout(timeout);
+        value_of(hook.build())
     }
 }
 
@@ -189,10 +196,15 @@ pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
     let linux = object_at(config, "linux")?;
     let devices = array_at(linux, "devices")?;
     for node in edit.nodes {
-        devices.push(json!({
-            "path": format!("/dev/{}", node.name), "type": "c", "major": node.major, "minor": node.minor,
-            "fileMode": node.mode.mode, "uid": node.mode.uid, "gid": node.mode.gid,
-        }));
+        let device = LinuxDeviceBuilder::default()
+            .path(format!("/dev/{}", node.name))
+            .typ(LinuxDeviceType::C)
+            .major(node.major)
+            .minor(node.minor)
+            .file_mode(node.mode.mode)
+            .uid(node.mode.uid)
+            .gid(node.mode.gid);
+        devices.push(value_of(device.build())?);
     }
     let rules = array_at(object_at(linux, "resources")?, "devices")?;
     if rules.is_empty() {
@@ -201,7 +213,13 @@ pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
     }
     for node in edit.nodes {
         // After every deny, and no `m`: the runtime makes the nodes, nobody inside needs to.
-        rules.push(json!({"allow": true, "type": "c", "major": node.major, "minor": node.minor, "access": "rw"}));
+        let rule = LinuxDeviceCgroupBuilder::default()
+            .allow(true)
+            .typ(LinuxDeviceType::C)
+            .major(node.major)
+            .minor(node.minor)
+            .access("rw");
+        rules.push(value_of(rule.build())?);
     }
     set_environment(config.get_mut("process").ok_or("config has no process")?, edit.environment)?;
     let annotations = as_object(config)?.entry("annotations").or_insert(json!({}));
@@ -211,10 +229,16 @@ pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
     as_object(annotations)?.insert(LEASE.into(), edit.hooks.token.into());
     let hooks = object_at(config, "hooks")?;
     if edit.bind {
-        array_at(hooks, "createRuntime")?.push(edit.hooks.entry("createRuntime", BIND_TIMEOUT));
+        array_at(hooks, "createRuntime")?.push(edit.hooks.entry("createRuntime", BIND_TIMEOUT)?);
     }
-    array_at(hooks, "poststop")?.push(edit.hooks.entry("poststop", POSTSTOP_TIMEOUT));
+    array_at(hooks, "poststop")?.push(edit.hooks.entry("poststop", POSTSTOP_TIMEOUT)?);
     Ok(())
+}
+
+/// A part that we build ourselves, typed by oci-spec, as it goes into a config.
+fn value_of<T: serde::Serialize>(built: Result<T, OciSpecError>) -> Result<Value, String> {
+    let built = built.map_err(|e| e.to_string())?;
+    serde_json::to_value(built).map_err(|e| e.to_string())
 }
 
 fn as_object(value: &mut Value) -> Result<&mut serde_json::Map<String, Value>, String> {

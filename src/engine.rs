@@ -140,7 +140,7 @@ impl<'a> Engine<'a> {
 
     /// Gives what `request` asks for to `holder`, all of it or nothing.
     pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Grant, Failure> {
-        self.check_limits(request)?;
+        self.check_limits(request, holder)?;
         let deadline = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(20);
         loop {
@@ -166,7 +166,11 @@ impl<'a> Engine<'a> {
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
-            let devices = self.usable_devices(request, &unusable)?;
+            // What the driver said says more than that no GPU is left to try.
+            let devices = match self.usable_devices(request, &unusable) {
+                Err(refusal) => return Err(last.unwrap_or(refusal)),
+                Ok(devices) => devices,
+            };
             let slices = match self.choose(&devices, &leases, request) {
                 Err(refusal) => return Err(last.unwrap_or(refusal)),
                 Ok(slices) => slices,
@@ -255,12 +259,12 @@ impl<'a> Engine<'a> {
         })
     }
 
-    fn check_limits(&self, request: &Request) -> Result<(), Failure> {
+    fn check_limits(&self, request: &Request, holder: &Holder) -> Result<(), Failure> {
         let most = request.alternatives.iter().map(Vec::len).max().unwrap_or(0);
         let limit = self.settings.slices_per_container;
         let too_many = || format!("{request} asks for {most} slices; limits.slices_per_container allows {limit}");
         if most > limit as usize {
-            return Err(refused(request, Failure::NotAllowed(too_many())));
+            return Err(refused(request, holder, Failure::NotAllowed(too_many())));
         }
         let Some(allowed) = &self.settings.profiles else { return Ok(()) };
         let names = request.alternatives.iter().flatten().filter_map(|want| match want {
@@ -271,7 +275,7 @@ impl<'a> Engine<'a> {
             None => Ok(()),
             Some(name) => {
                 let why = format!("profile {name} is not allowed here; limits.profiles allows {}", allowed.join(", "));
-                Err(refused(request, Failure::NotAllowed(why)))
+                Err(refused(request, holder, Failure::NotAllowed(why)))
             }
         }
     }
@@ -858,11 +862,14 @@ fn audit_outcome(request: &Request, holder: &Holder, outcome: &Result<Grant, Fai
     }
 }
 
-fn refused(request: &Request, failure: Failure) -> Failure {
-    tracing::info!(target: "audit", "{}", serde_json::json!({
-        "event": "refusal", "time_ms": host::wall_ms(), "request": request.to_string(), "reason": failure.to_string(),
-    }));
+fn refused(request: &Request, holder: &Holder, failure: Failure) -> Failure {
+    audit_refusal(holder, Some(&request.to_string()), &failure.to_string());
     failure
+}
+
+/// The audit line of a refusal that a way in decides. `request`: as far as it could be read.
+pub fn audit_refusal(holder: &Holder, request: Option<&str>, reason: &str) {
+    audit("refusal", holder, serde_json::json!({"request": request, "reason": reason}));
 }
 
 fn audit_release(lease: &Lease) {

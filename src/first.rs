@@ -290,20 +290,24 @@ fn is_long(body: &[u8]) -> bool {
 
 /// What the first stage needs of the settings. Everything else, and every mistake in them, is the engine's business.
 #[derive(Debug, Default, Deserialize)]
-struct Outline {
-    state_dir: Option<PathBuf>,
+pub struct Outline {
+    /// `state_dir`.
+    pub state_dir: Option<PathBuf>,
+    /// `[runtime]`.
     #[serde(default)]
-    runtime: RuntimeOutline,
+    pub runtime: RuntimeOutline,
 }
 
+/// The part of the settings that names the low-level runtime.
 #[derive(Debug, Default, Deserialize)]
-struct RuntimeOutline {
-    path: Option<PathBuf>,
+pub struct RuntimeOutline {
+    /// `path`.
+    pub path: Option<PathBuf>,
 }
 
 impl Outline {
     /// A broken or missing file gives the defaults: it must never stop `state`, `kill` or `delete`.
-    fn read(config: Option<&Path>) -> Outline {
+    pub fn read(config: Option<&Path>) -> Outline {
         let text = std::fs::read_to_string(config.unwrap_or(Path::new(SETTINGS))).unwrap_or_default();
         if text.is_empty() { Outline::default() } else { toml::from_str(&text).unwrap_or_default() }
     }
@@ -451,8 +455,7 @@ pub fn runtime(args: Vec<OsString>) -> i32 {
     if ours {
         return become_engine("shim", &given, &handover::wrap_environment(&handover::environment()));
     }
-    let error = hand_over(&plan, outline.runtime.path.as_deref(), &handover::environment());
-    fail(&error)
+    fail("mig-runtime", &hand_over(&plan, outline.runtime.path.as_deref(), &handover::environment()))
 }
 
 /// The config.json that `create` or `run` will read.
@@ -547,11 +550,12 @@ fn become_engine(way: &str, args: &[OsString], wrapped: &[OsString]) -> i32 {
     let mut argv = vec![OsString::from("mig-engine"), way.into()];
     argv.extend(args.iter().cloned());
     let error = handover::exec(&engine, &argv, wrapped);
-    fail(&format!("cannot start {}: {error}; is mig-hook installed completely?", engine.display()))
+    let reason = format!("cannot start {}: {error}; is mig-hook installed completely?", engine.display());
+    fail(if way == "hook" { "mig-hook" } else { "mig-runtime" }, &reason)
 }
 
-fn fail(reason: &str) -> i32 {
-    eprintln!("mig-hook: {reason}");
+fn fail(who: &str, reason: &str) -> i32 {
+    eprintln!("{who}: {reason}");
     69 // EX_UNAVAILABLE, as in report::Exit
 }
 

@@ -11,7 +11,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 /// Defines C's `main` as a call of `$run(Vec<OsString>) -> i32`, without the signal changes of Rust's own start-up.
 #[macro_export]
@@ -21,9 +23,23 @@ macro_rules! entry {
         #[allow(unsafe_code)]
         #[unsafe(no_mangle)]
         pub extern "C" fn main(_argc: i32, _argv: *const *const u8) -> i32 {
+            $crate::handover::claim_stdio();
             $run(std::env::args_os().collect())
         }
     };
+}
+
+/// Puts /dev/null in the place of a standard descriptor that was closed at start, as Rust's own start-up does: else the
+/// next file that we open would be it, a lease or the driver. Close-on-exec, so that the next program finds it closed.
+pub fn claim_stdio() {
+    for fd in 0..=2 {
+        // SAFETY: F_GETFD only asks; a closed descriptor gives EBADF.
+        let open = unsafe { libc::fcntl(fd, libc::F_GETFD) } != -1;
+        if !open {
+            // SAFETY: a constant path; the lowest free descriptor is `fd`, since those below it are open by now.
+            unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+        }
+    }
 }
 
 /// SIGPIPE as it was inherited, to be put back before the process becomes another program.
@@ -41,6 +57,16 @@ impl Sigpipe {
     pub fn restore(self) {
         // SAFETY: the value came from signal(2) for the same signal in this process.
         unsafe { libc::signal(libc::SIGPIPE, self.0) };
+    }
+
+    /// Lets a child inherit it: `Command` itself sets SIGPIPE to the default.
+    pub fn in_child(self, command: &mut Command) -> &mut Command {
+        let restore = move || {
+            self.restore();
+            Ok(())
+        };
+        // SAFETY: between fork and exec only signal(2) is called, which is async-signal-safe.
+        unsafe { command.pre_exec(restore) }
     }
 }
 

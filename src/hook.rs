@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::bundle;
 use crate::config::Settings;
 use crate::edits::{self, Edit, Given, HookCall};
-use crate::engine::{self, Binding, Engine, Grant, Released};
+use crate::engine::{self, Binding, Engine, Failure, Grant, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
@@ -98,20 +98,23 @@ fn precreate(settings: &Settings) -> Result<()> {
     let shown = "the config on standard input";
     let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
     let config = bundle::parse(&bytes, shown)?;
-    let Some(request) = request::from_annotations(annotations(&config.value), None)? else {
-        return Ok(std::io::stdout().write_all(&bytes)?);
-    };
-    let mut value = config.certain(shown)?;
     let owner = host::parent(std::process::id()).context("cannot tell which process runs this hook")?;
     let mut holder = engine::new_holder(Way::Precreate, owner);
-    describe(&mut holder, &value);
+    describe(&mut holder, &config.value);
+    let asked = request::from_annotations(annotations(&config.value), None);
+    let asked = asked.inspect_err(|error| engine::audit_refusal(&holder, None, &error.to_string()));
+    // Flushed by hand: C's `main` runs without what Rust's own does at the end.
+    let print = |text: &[u8]| {
+        let mut out = std::io::stdout().lock();
+        out.write_all(text).and_then(|()| out.flush())
+    };
+    let Some(request) = asked? else { return Ok(print(&bytes)?) };
+    let mut value = config.certain(shown)?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let grant = engine.acquire(&request, &holder)?;
     let handed_on = edit(settings, &grant, &mut value, true).and_then(|()| {
-        let mut out = std::io::stdout().lock();
-        let written = out.write_all(&serde_json::to_vec(&value)?).and_then(|()| out.flush());
-        written.context("cannot write the edited config to standard output")
+        print(&serde_json::to_vec(&value)?).context("cannot write the edited config to standard output")
     });
     handed_on.inspect_err(|_| give_back(&engine, &grant.lease.token))
 }
@@ -132,7 +135,8 @@ pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind:
     let program = hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
     edits::strip(config, grant.majors);
-    edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind }).map_err(Refused)?;
+    edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind })
+        .map_err(Failure::BadRequest)?;
     match edits::open_rule(config, &nodes, grant.majors) {
         Some(why) if !settings.open_device_rules => Err(Refused(format!(
             "the container would reach other slices than its own: {why}; start it without --privileged and without \
@@ -185,27 +189,38 @@ pub(crate) fn describe(holder: &mut Holder, config: &Value) {
     });
 }
 
-/// The State that a runtime sends to a hook, as far as it is to be believed.
-fn state() -> Result<oci_spec::runtime::State> {
-    let bytes = bundle::read_limited(std::io::stdin().lock(), "the State on standard input")?;
-    // crun adds `root`, and in some stages has pid 0: parse only what is needed.
-    serde_json::from_slice(&bytes).context("the State on standard input is not what the OCI runtime specification says")
+/// What we need of the State that a runtime sends to a hook.
+struct State {
+    id: String,
+    pid: Option<u32>,
+    bundle: Option<PathBuf>,
+}
+
+/// Reads it from standard input. crun adds `root`, and in some stages has pid 0; the rest is none of our business.
+fn state() -> Result<State> {
+    let shown = "the State on standard input";
+    let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
+    let state = bundle::parse(&bytes, shown)?.value;
+    let text = |key: &str| state.get(key).and_then(Value::as_str);
+    let pid = state.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
+    let id = text("id").ok_or_else(|| Failure::BadRequest(format!("{shown} has no container id")))?;
+    Ok(State { id: id.to_owned(), pid: pid.filter(|pid| *pid > 0), bundle: text("bundle").map(PathBuf::from) })
 }
 
 /// createRuntime: tells the lease which container it became. A failure fails the container's create.
 fn bind(settings: &Settings, token: &str) -> Result<()> {
     let state = state()?;
-    let pid = state.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
-    let pid = pid.context("the State on standard input has no pid: this is not a createRuntime hook")?;
-    if !first::plain_name(state.id()) {
+    let no_pid =
+        || Failure::BadRequest("the State on standard input has no pid: this is not a createRuntime hook".into());
+    let pid = state.pid.ok_or_else(no_pid)?;
+    if !first::plain_name(&state.id) {
         return Err(Refused("the container id in the State is not a plain name".into()).into());
     }
     let caller = host::parent(std::process::id()).unwrap_or(0);
     let words = host::command_line(caller);
     let plan = first::plan(words.get(1..).unwrap_or_default().iter().cloned());
-    let bundle = Some(state.bundle().clone()).filter(|b| b.is_absolute() && b.parent().is_some());
-    let binding =
-        Binding { container: state.id().clone(), pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
+    let bundle = state.bundle.filter(|b| b.is_absolute() && b.parent().is_some());
+    let binding = Binding { container: state.id, pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
     let nvml = Nvml::at(&settings.nvml);
     Ok(Engine::open(settings, &nvml)?.confirm(token, &binding)?)
 }
@@ -215,7 +230,7 @@ fn poststop(settings: &Settings, token: &str) -> Result<()> {
     let state = state()?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    match engine.release(token, Some(state.id()), "its container has ended")? {
+    match engine.release(token, Some(&state.id), "its container has ended")? {
         Released::Busy { reason } => {
             tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
         }

@@ -252,8 +252,10 @@ fn device_cgroup(text: &str) -> Option<String> {
     });
     let lines: Vec<_> = lines.collect();
     let devices = lines.iter().find(|(_, controllers, _)| controllers.split(',').any(|c| c == "devices"));
-    let found = devices.or_else(|| lines.iter().find(|(id, _, _)| *id == "0"))?.2;
-    (found != "/").then(|| found.to_owned())
+    let unified = lines.iter().find(|(id, _, _)| *id == "0");
+    // In the root of one hierarchy it may still be told apart by the other: cgroup2 mounted alone on a hybrid host.
+    let found = [devices, unified].into_iter().flatten().map(|(_, _, path)| *path).find(|path| *path != "/");
+    found.map(str::to_owned)
 }
 
 /// Every pid. A process may end while we look at it: all readers here take that for "not there".
@@ -375,7 +377,8 @@ mod tests {
     fn the_cgroup_of_the_device_rules() {
         assert_eq!(device_cgroup("5:devices:/docker/c1\n0::/x\n").as_deref(), Some("/docker/c1"));
         assert_eq!(device_cgroup("0::/libpod_parent/libpod-1\n").as_deref(), Some("/libpod_parent/libpod-1"));
-        assert_eq!(device_cgroup("0::/\n"), None);
+        assert_eq!(device_cgroup("5:devices:/\n0::/docker/c1\n").as_deref(), Some("/docker/c1"));
+        assert_eq!(device_cgroup("5:devices:/\n0::/\n"), None);
     }
 
     #[test]

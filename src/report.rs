@@ -46,48 +46,52 @@ pub enum Exit {
     Config = 78,
 }
 
-/// The exit code for an error, by the most telling cause in its chain.
+/// The exit code for an error: that of the first cause in its chain that has one.
 pub fn exit_code(error: &anyhow::Error) -> Exit {
-    for cause in error.chain() {
-        if let Some(failure) = cause.downcast_ref::<Failure>() {
-            return match failure {
-                Failure::BadRequest(_) => Exit::BadRequest,
-                Failure::NotAllowed(_) | Failure::Gpu(GpuError::NoPermission { .. }) => Exit::NotAllowed,
-                Failure::NoRoom(_) | Failure::Stale(_) => Exit::NoRoom,
-                Failure::Gpu(GpuError::NoRoom { .. } | GpuError::InUse { .. }) => Exit::NoRoom,
-                Failure::Gpu(_) | Failure::Host(_) => Exit::Unavailable,
-                Failure::Store(StoreError::Busy { .. }) => Exit::NoRoom,
-                Failure::Store(_) => Exit::Io,
-            };
-        }
-        if let Some(error) = cause.downcast_ref::<StoreError>() {
-            return if matches!(error, StoreError::Busy { .. }) { Exit::NoRoom } else { Exit::Io };
-        }
-        if cause.is::<RequestError>() {
-            return Exit::BadRequest;
-        }
-        match cause.downcast_ref::<BundleError>() {
-            Some(BundleError::Read { .. } | BundleError::Replace { .. }) => return Exit::Io,
-            Some(_) => return Exit::BadRequest,
-            None => {}
-        }
-        if cause.is::<ConfigError>() {
-            return Exit::Config;
-        }
-        if let Some(Refused(_)) = cause.downcast_ref() {
-            return Exit::NotAllowed;
-        }
-        if let Some(Misused(_)) = cause.downcast_ref() {
-            return Exit::Usage;
-        }
-        if let Some(GpuError::NoPermission { .. }) = cause.downcast_ref() {
-            return Exit::NotAllowed;
-        }
-        if cause.is::<GpuError>() {
-            return Exit::Unavailable;
-        }
+    error.chain().find_map(code_of).unwrap_or(Exit::Internal)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(match failure {
+            Failure::BadRequest(_) => Exit::BadRequest,
+            Failure::NotAllowed(_) => Exit::NotAllowed,
+            Failure::NoRoom(_) | Failure::Stale(_) => Exit::NoRoom,
+            Failure::Host(_) => Exit::Unavailable,
+            Failure::Gpu(gpu) => return code_of(gpu),
+            Failure::Store(store) => return code_of(store),
+        });
     }
-    Exit::Internal
+    if let Some(gpu) = cause.downcast_ref::<GpuError>() {
+        return Some(match gpu {
+            GpuError::NoPermission { .. } => Exit::NotAllowed,
+            GpuError::NoRoom { .. } | GpuError::InUse { .. } => Exit::NoRoom,
+            _ => Exit::Unavailable,
+        });
+    }
+    if let Some(store) = cause.downcast_ref::<StoreError>() {
+        return Some(match store {
+            StoreError::Busy { .. } => Exit::NoRoom,
+            StoreError::NotRoot { .. } => Exit::NotAllowed,
+            _ => Exit::Io,
+        });
+    }
+    if let Some(bundle) = cause.downcast_ref::<BundleError>() {
+        return Some(match bundle {
+            BundleError::Read { .. } | BundleError::Replace { .. } => Exit::Io,
+            _ => Exit::BadRequest,
+        });
+    }
+    if cause.is::<RequestError>() {
+        return Some(Exit::BadRequest);
+    }
+    if cause.is::<ConfigError>() {
+        return Some(Exit::Config);
+    }
+    if cause.is::<Refused>() {
+        return Some(Exit::NotAllowed);
+    }
+    cause.is::<Misused>().then_some(Exit::Usage)
 }
 
 /// A refusal for safety's sake.

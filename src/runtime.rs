@@ -6,11 +6,12 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::handover;
+use crate::handover::{self, Sigpipe};
 
-/// Runs the runtime with our own stdio and the given environment, and waits. The exit code, or 128 + signal.
-pub fn run(runtime: &Path, args: &[OsString], env: &[OsString]) -> io::Result<i32> {
-    let status = command(runtime, args, env).status()?;
+/// Runs the runtime with our own stdio, the given environment and the SIGPIPE that we inherited, and waits. The exit
+/// code, or 128 + signal.
+pub fn run(runtime: &Path, args: &[OsString], env: &[OsString], pipe: Sigpipe) -> io::Result<i32> {
+    let status = pipe.in_child(&mut command(runtime, args, env)).status()?;
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 
@@ -54,7 +55,9 @@ mod tests {
 
     #[test]
     fn the_exit_code_is_the_runtimes() {
-        let sh = |script: &str| run(Path::new("/bin/sh"), &["-c".into(), script.into()], &["A=b".into()]).unwrap();
+        let sh = |script: &str| {
+            run(Path::new("/bin/sh"), &["-c".into(), script.into()], &["A=b".into()], Sigpipe::ignore()).unwrap()
+        };
         assert_eq!(sh("exit 7"), 7);
         assert_eq!(sh("kill -9 $$"), 128 + 9);
         assert_eq!(sh("test \"$A\" = b && test -z \"$HOME\""), 0);

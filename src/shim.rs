@@ -31,7 +31,14 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
         // A broken settings file must not keep anybody from deleting a container.
         Err(error) if matches!(plan.verb, Verb::Delete | Verb::Exec) => {
             eprintln!("mig-runtime: {error}; going on without");
-            Settings::default()
+            // The first stage read as much when it saw the lease: the same runtime, and the same leases.
+            let outline = first::Outline::read(plan.own.config.as_deref());
+            let default = Settings::default();
+            Settings {
+                runtime: outline.runtime.path,
+                state_dir: outline.state_dir.unwrap_or(default.state_dir),
+                ..default
+            }
         }
         Err(error) => return refuse(&plan, &error.into()),
     };
@@ -46,7 +53,7 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
             }
             Ok(None)
         }
-        Verb::Delete => return delete(&plan, &settings, &nvml, &env),
+        Verb::Delete => return delete(&plan, &settings, &nvml, &env, pipe),
         Verb::Other => Ok(None),
     };
     match prepared {
@@ -86,7 +93,12 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     let path = first::config_path(plan);
     let shown = path.display().to_string();
     let config = bundle::parse(&bundle::read(&path)?, &shown)?;
-    let Some(request) = requested(plan, settings, &config.value)? else {
+    let asked = requested(plan, settings, &config.value).inspect_err(|error| {
+        if let Ok(holder) = holder(plan, settings, &config.value) {
+            engine::audit_refusal(&holder, None, &report::sentence(error));
+        }
+    });
+    let Some(request) = asked? else {
         return match edits::marked(&config.value) {
             Some(_) => Err(Refused(format!("{shown} is marked with {} but asks for no slice", edits::LEASE)).into()),
             None => Ok(None),
@@ -132,7 +144,8 @@ fn requested(plan: &Plan, settings: &Settings, config: &Value) -> Result<Option<
 fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
     let id = plan.id.as_ref().and_then(|id| id.to_str()).filter(|id| first::plain_name(id));
     let id = id.ok_or_else(|| {
-        Refused(format!("the container id {:?} is not a plain name", plan.id.clone().unwrap_or_default()))
+        let given: String = plan.id.clone().unwrap_or_default().to_string_lossy().chars().take(60).collect();
+        Refused(format!("the container id {given:?} is not a plain name"))
     })?;
     let absolute = |path: &PathBuf| std::path::absolute(path).ok();
     let mut holder = engine::new_holder(Way::Shim, std::process::id());
@@ -168,12 +181,12 @@ fn exec(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<()> {
 /// Deletes by the runtime, then releases if that worked or the container is over anyway: a plain `delete` of a running
 /// container fails, and it lives on. Engines call this after every end, also after a failed create, where crun and youki
 /// run no poststop hook.
-fn delete(plan: &Plan, settings: &Settings, nvml: &Nvml, env: &[OsString]) -> i32 {
+fn delete(plan: &Plan, settings: &Settings, nvml: &Nvml, env: &[OsString], pipe: Sigpipe) -> i32 {
     let low_level = match first::low_level_runtime(plan, settings.runtime.as_deref()) {
         Ok(low_level) => low_level,
         Err(reason) => return refuse(plan, &Refused(reason).into()),
     };
-    let code = match runtime::run(&low_level, &plan.rest, env) {
+    let code = match runtime::run(&low_level, &plan.rest, env, pipe) {
         Ok(code) => code,
         Err(error) => {
             return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display())));

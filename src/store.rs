@@ -38,6 +38,14 @@ pub enum StoreError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The directory is root's, and we are not.
+    #[error("cannot {what} {path}: permission denied; MIG slices are given out by root")]
+    NotRoot {
+        /// What was tried.
+        what: &'static str,
+        /// On which file.
+        path: String,
+    },
     /// The lock was not had in time.
     #[error("the lock {path} was not free within {waited:?}; it is held by {holder}")]
     Busy {
@@ -69,7 +77,13 @@ pub enum StoreError {
 }
 
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
-    move |source| StoreError::Io { what, path: path.display().to_string(), source }
+    move |source| {
+        let path = path.display().to_string();
+        match source.kind() {
+            io::ErrorKind::PermissionDenied => StoreError::NotRoot { what, path },
+            _ => StoreError::Io { what, path, source },
+        }
+    }
 }
 
 impl Store {

@@ -133,7 +133,8 @@ fn what_the_runtime_is_told() {
         let id = must(&mut engine.request(&["mig.profile=1g.10gb"], &["-d"], &["sh", "-c", PROBE_AND_WAIT]));
         let bundle = site.lease()["holder"]["bundle"].as_str().unwrap().to_owned();
         assert_plain(&document(&Path::new(&bundle).join("config.json")), Path::new(&bundle));
+        engine.ok(&["kill", id.trim()]);
+        site.clean("after kill");
         engine.ok(&["rm", "-f", id.trim()]);
-        site.clean("after rm");
     }
 }
