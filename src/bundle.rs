@@ -236,6 +236,14 @@ impl<'de> Visitor<'de> for Strict<'_> {
     }
 }
 
+/// Whether /dev in a config's root file system is a symbolic link. runc 1.1 and crun 1.8 follow one out of the container,
+/// and crun makes the nodes where it points.
+pub fn dev_is_link(config: &Value, bundle: Option<&Path>) -> bool {
+    let Some(root) = config.pointer("/root/path").and_then(Value::as_str) else { return false };
+    let dev = bundle.unwrap_or(Path::new("")).join(root).join("dev");
+    dev.symlink_metadata().is_ok_and(|meta| meta.file_type().is_symlink())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

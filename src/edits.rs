@@ -36,9 +36,7 @@ pub struct Node {
 
 /// One granted slice, as far as a container sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Given<'a> {
-    /// `MIG-…`.
-    pub uuid: &'a str,
+pub struct Given {
     /// Minor of the parent GPU.
     pub gpu_minor: u32,
     /// Capability minors of the GPU and the compute instance.
@@ -264,10 +262,11 @@ fn array_at<'a>(parent: &'a mut Value, key: &str) -> Result<&'a mut Vec<Value>, 
     value.as_array_mut().ok_or_else(|| format!("config.json: {key} is not an array"))
 }
 
-/// A sentence about the first rule of an edited config that allows reading or writing an NVIDIA device which is not the
-/// container's own; `None` when there is none. A rule that is narrowed again by later, smaller denials still counts.
-pub fn open_rule(config: &Value, nodes: &[Node], majors: Majors) -> Option<String> {
-    let rules = config.pointer("/linux/resources/devices").and_then(Value::as_array)?;
+/// A sentence about the first rule of a [`strip`]ped config that allows reading or writing NVIDIA devices; `None` when there
+/// is none, or no rule at all, since [`apply`] then begins with deny-all. A rule that is narrowed again by later, smaller
+/// denials still counts.
+pub fn open_rule(config: &Value, majors: Majors) -> Option<String> {
+    let rules = config.pointer("/linux/resources/devices").and_then(Value::as_array).filter(|r| !r.is_empty())?;
     let last_deny_all = rules.iter().rposition(|r| !allows(r) && is_wildcard(r) && kind(r) == "a");
     let Some(last) = last_deny_all else {
         return Some("its device rules deny nothing".into());
@@ -276,14 +275,26 @@ pub fn open_rule(config: &Value, nodes: &[Node], majors: Majors) -> Option<Strin
         let number = |key: &str| rule.get(key).and_then(Value::as_i64).filter(|n| *n >= 0);
         let concerned =
             kind(rule) != "b" && number("major").is_none_or(|m| nvidia_majors(majors).any(|ours| i64::from(ours) == m));
-        let own = nodes.iter().any(|n| {
-            number("major") == Some(n.major.into()) && number("minor") == Some(n.minor.into()) && kind(rule) == "c"
-        });
-        (concerned && !own).then(|| {
+        concerned.then(|| {
             let part = |key| number(key).map_or("*".to_owned(), |n| n.to_string());
             format!("its device rules allow \"{} {}:{}\"", kind(rule), part("major"), part("minor"))
         })
     })
+}
+
+/// A sentence where /dev itself is mounted from elsewhere: no runtime makes nodes there then, and the container would start
+/// without its slice.
+pub fn bound_dev(config: &Value) -> Option<String> {
+    let mounts = config.get("mounts").and_then(Value::as_array)?;
+    let text = |m: &Value, key: &str| m.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let is_dev = |m: &Value| Path::new(&text(m, "destination")).components().eq(Path::new("/dev").components());
+    let option = |m: &Value, name: &str| {
+        m.get("options").and_then(Value::as_array).is_some_and(|all| all.iter().any(|o| o.as_str() == Some(name)))
+    };
+    let bound = |m: &Value| text(m, "type") == "bind" || option(m, "bind") || option(m, "rbind");
+    let mount = mounts.iter().find(|m| is_dev(m) && bound(m))?;
+    let source = text(mount, "source");
+    Some(format!("{source} is mounted over the container's /dev, where its slice's nodes would have to be made"))
 }
 
 fn allows(rule: &Value) -> bool {
@@ -312,7 +323,7 @@ mod tests {
     const MAJORS: Majors = Majors { nvidia: 195, caps: 240, uvm: Some(510) };
 
     fn own() -> Vec<Node> {
-        nodes(&[Given { uuid: "MIG-a", gpu_minor: 1, caps: [156, 157] }], MAJORS, |_, _, _| None)
+        nodes(&[Given { gpu_minor: 1, caps: [156, 157] }], MAJORS, |_, _, _| None)
     }
 
     fn edited(mut config: Value) -> Value {
@@ -357,10 +368,7 @@ mod tests {
 
     #[test]
     fn two_slices_of_one_gpu_share_its_node_and_the_hosts_mode_is_kept() {
-        let given = [
-            Given { uuid: "MIG-a", gpu_minor: 1, caps: [156, 157] },
-            Given { uuid: "MIG-b", gpu_minor: 1, caps: [165, 166] },
-        ];
+        let given = [Given { gpu_minor: 1, caps: [156, 157] }, Given { gpu_minor: 1, caps: [165, 166] }];
         let restricted = NodeMode { mode: 0o660, uid: 0, gid: 44 };
         let all = nodes(&given, MAJORS, |name, _, _| (name == "nvidia1").then_some(restricted));
         assert_eq!(all.iter().filter(|n| n.name == "nvidia1").map(|n| n.mode).collect::<Vec<_>>(), [restricted]);
@@ -392,7 +400,19 @@ mod tests {
         let rules = config["linux"]["resources"]["devices"].as_array().unwrap();
         assert_eq!(rules[0], json!({"allow": false, "access": "rwm"}));
         assert!(rules.iter().all(|r| r["major"] != 195 || r["minor"] != 0));
-        assert_eq!(open_rule(&config, &own(), MAJORS), None);
+    }
+
+    #[test]
+    fn the_hosts_dev_over_ours_is_seen() {
+        let bound = |mount: Value| bound_dev(&json!({"mounts": [mount]}));
+        assert!(
+            bound(json!({"destination": "/dev/", "type": "bind", "source": "/dev"}))
+                .unwrap()
+                .contains("/dev is mounted")
+        );
+        assert!(bound(json!({"destination": "/dev", "source": "/x", "options": ["ro", "rbind"]})).is_some());
+        assert_eq!(bound(json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"})), None);
+        assert_eq!(bound(json!({"destination": "/dev/shm", "type": "bind", "source": "/x"})), None);
     }
 
     #[test]
@@ -418,7 +438,6 @@ mod tests {
     fn a_config_without_rules_gets_a_deny_all_first() {
         let config = edited(json!({"process": {}, "linux": {"resources": null}, "annotations": null}));
         assert_eq!(config["linux"]["resources"]["devices"][0], json!({"allow": false, "access": "rwm"}));
-        assert_eq!(open_rule(&config, &own(), MAJORS), None);
     }
 
     #[test]
@@ -435,12 +454,12 @@ mod tests {
             (json!([deny, {"allow": true, "type": "c", "minor": 156, "access": "rw"}]), Some("c *:156")),
             (json!([deny, {"allow": true, "type": "c", "access": "m"}]), None),
             (json!([deny, {"allow": true, "type": "b", "access": "rwm"}]), None),
-            (json!([deny, {"allow": true, "type": "c", "major": 195, "minor": 1, "access": "rw"}]), None),
+            (json!([]), None),
             (json!([{"allow": true, "access": "rwm"}, deny]), None),
         ];
         for (rules, expected) in cases {
             let config = json!({"linux": {"resources": {"devices": rules}}});
-            let found = open_rule(&config, &own(), MAJORS);
+            let found = open_rule(&config, MAJORS);
             match expected {
                 Some(part) => assert!(found.as_deref().is_some_and(|f| f.contains(part)), "{rules}: {found:?}"),
                 None => assert_eq!(found, None, "{rules}"),
@@ -511,11 +530,12 @@ mod tests {
         fn no_config_makes_it_panic_and_none_keeps_a_neighbour_open_unseen(config in any_json()) {
             let mut config = config;
             strip(&mut config, MAJORS);
+            let seen = open_rule(&config, MAJORS).is_some();
             let hooks = HookCall { program: Path::new("/x/mig-hook"), config: None, token: "t1" };
             if apply(&mut config, &Edit { nodes: &own(), environment: &[], hooks, bind: false }).is_ok() {
-                let rules = config["linux"]["resources"]["devices"].as_array().unwrap().clone();
+                let rules = config["linux"]["resources"]["devices"].as_array().unwrap();
                 let foreign = rules.iter().any(|r| allows(r) && r["major"] == 195 && r["minor"] == 0);
-                prop_assert!(!foreign || open_rule(&config, &own(), MAJORS).is_some());
+                prop_assert!(!foreign || seen);
             }
         }
     }

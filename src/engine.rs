@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::config::{Foreign, Settings};
 use crate::first::index_name;
 use crate::gpu::{Device, Gpu, GpuError, Instance, MigMode};
-use crate::host::{self, Host, HostError, Majors};
+use crate::host::{self, Host, HostError};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
 use crate::placement::{self, Choice, Held, Reason, Room, Window};
 use crate::profile;
@@ -57,15 +58,6 @@ pub enum Failure {
     /// Our own state can't be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// What acquire gives: the lease, Active, and the majors that its nodes have.
-#[derive(Debug, Clone)]
-pub struct Grant {
-    /// The lease as recorded.
-    pub lease: Lease,
-    /// Majors of the driver's devices.
-    pub majors: Majors,
 }
 
 /// What a createRuntime hook knows of the container.
@@ -139,8 +131,16 @@ impl<'a> Engine<'a> {
     }
 
     /// Gives what `request` asks for to `holder`, all of it or nothing.
-    pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Grant, Failure> {
-        self.check_limits(request, holder)?;
+    pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+        let outcome = self.check_limits(request).and_then(|()| self.acquire_within_limits(request, holder));
+        match &outcome {
+            Ok(lease) => audit_grant(request, lease),
+            Err(failure) => audit_refusal(holder, Some(request), &failure.to_string()),
+        }
+        outcome
+    }
+
+    fn acquire_within_limits(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
         let deadline = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(20);
         loop {
@@ -150,18 +150,14 @@ impl<'a> Engine<'a> {
             match self.acquire_locked(&lock, request, holder) {
                 // What ended a moment ago may be about to make room: the driver lets go a little later.
                 Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
-                outcome => {
-                    audit_outcome(request, holder, &outcome);
-                    return outcome;
-                }
+                outcome => return outcome,
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(500));
         }
     }
 
-    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder) -> Result<Grant, Failure> {
-        let majors = self.host.majors()?;
+    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
         let leases = self.leases()?;
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
@@ -178,13 +174,13 @@ impl<'a> Engine<'a> {
             let mut lease = self.new_lease(holder, slices)?;
             self.store.put(lock, &lease.token, &lease)?;
             self.store.ready_intent(lock, &lease.token)?;
-            match self.cut(lock, &mut lease, &leases, majors) {
+            match self.cut(lock, &mut lease, &leases) {
                 Ok(()) => {
                     lease.state = State::Active;
                     lease.granted_boot_ms = Some(host::boot_ms());
                     self.store.put(lock, &lease.token, &lease)?;
                     self.index(lock, &lease)?;
-                    return Ok(Grant { lease, majors });
+                    return Ok(lease);
                 }
                 Err((gpu, failure)) => {
                     self.free(lock, lease, "it could not be cut");
@@ -200,22 +196,15 @@ impl<'a> Engine<'a> {
     }
 
     /// Creates what a Pending lease plans. On failure the GPU concerned and the reason; undoing is the caller's.
-    fn cut(&self, lock: &Lock, lease: &mut Lease, others: &[Lease], majors: Majors) -> Result<(), (String, Failure)> {
+    fn cut(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), (String, Failure)> {
         for at in 0..lease.slices.len() {
             let gpu = lease.slices[at].gpu.clone();
-            self.cut_one(lock, lease, at, others, majors).map_err(|failure| (gpu, failure))?;
+            self.cut_one(lock, lease, at, others).map_err(|failure| (gpu, failure))?;
         }
         Ok(())
     }
 
-    fn cut_one(
-        &self,
-        lock: &Lock,
-        lease: &mut Lease,
-        at: usize,
-        others: &[Lease],
-        majors: Majors,
-    ) -> Result<(), Failure> {
+    fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease]) -> Result<(), Failure> {
         let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
         if lease.slices[at].ours {
             lease.slices[at].step = Step::CreatingInstance;
@@ -240,7 +229,7 @@ impl<'a> Engine<'a> {
         }
         let taken: BTreeSet<u32> = others.iter().flat_map(Lease::minors).collect();
         match [slice.gi_minor, slice.ci_minor].into_iter().flatten().find(|m| taken.contains(m)) {
-            Some(m) => Err(Failure::NoRoom(format!("capability {}:{m} still belongs to another lease", majors.caps))),
+            Some(m) => Err(Failure::NoRoom(format!("capability minor {m} still belongs to another lease"))),
             None => Ok(()),
         }
     }
@@ -259,12 +248,12 @@ impl<'a> Engine<'a> {
         })
     }
 
-    fn check_limits(&self, request: &Request, holder: &Holder) -> Result<(), Failure> {
+    fn check_limits(&self, request: &Request) -> Result<(), Failure> {
         let most = request.alternatives.iter().map(Vec::len).max().unwrap_or(0);
         let limit = self.settings.slices_per_container;
         let too_many = || format!("{request} asks for {most} slices; limits.slices_per_container allows {limit}");
         if most > limit as usize {
-            return Err(refused(request, holder, Failure::NotAllowed(too_many())));
+            return Err(Failure::NotAllowed(too_many()));
         }
         let Some(allowed) = &self.settings.profiles else { return Ok(()) };
         let names = request.alternatives.iter().flatten().filter_map(|want| match want {
@@ -275,7 +264,7 @@ impl<'a> Engine<'a> {
             None => Ok(()),
             Some(name) => {
                 let why = format!("profile {name} is not allowed here; limits.profiles allows {}", allowed.join(", "));
-                Err(refused(request, holder, Failure::NotAllowed(why)))
+                Err(Failure::NotAllowed(why))
             }
         }
     }
@@ -843,33 +832,14 @@ fn holder_of(held: &Held, leases: &[Lease]) -> String {
 }
 
 /// Grants, refusals and releases are one line each with target `audit`; where it goes is the way in's business.
-fn audit_outcome(request: &Request, holder: &Holder, outcome: &Result<Grant, Failure>) {
-    match outcome {
-        Ok(grant) => audit(
-            "grant",
-            holder,
-            serde_json::json!({
-                "request": request.to_string(), "token": grant.lease.token, "slices": audited(&grant.lease),
-            }),
-        ),
-        Err(failure) => audit(
-            "refusal",
-            holder,
-            serde_json::json!({
-                "request": request.to_string(), "reason": failure.to_string(),
-            }),
-        ),
-    }
+fn audit_grant(request: &Request, lease: &Lease) {
+    let more = json!({"request": request.to_string(), "token": lease.token, "slices": audited(lease)});
+    audit("grant", &lease.holder, more);
 }
 
-fn refused(request: &Request, holder: &Holder, failure: Failure) -> Failure {
-    audit_refusal(holder, Some(&request.to_string()), &failure.to_string());
-    failure
-}
-
-/// The audit line of a refusal that a way in decides. `request`: as far as it could be read.
-pub fn audit_refusal(holder: &Holder, request: Option<&str>, reason: &str) {
-    audit("refusal", holder, serde_json::json!({"request": request, "reason": reason}));
+/// The audit line of a refusal; without a request where it could not be read.
+pub fn audit_refusal(holder: &Holder, request: Option<&Request>, reason: &str) {
+    audit("refusal", holder, json!({"request": request.map(ToString::to_string), "reason": reason}));
 }
 
 fn audit_release(lease: &Lease) {
@@ -877,24 +847,24 @@ fn audit_release(lease: &Lease) {
     audit(
         "release",
         &lease.holder,
-        serde_json::json!({
+        json!({
             "token": lease.token, "reason": lease.reason, "slices": audited(lease),
             "held_ms": host::boot_ms().saturating_sub(granted),
         }),
     );
 }
 
-fn audited(lease: &Lease) -> serde_json::Value {
-    let slice = |s: &Slice| serde_json::json!({"gpu": s.gpu, "profile": s.profile_name, "placement": s.placement, "uuid": s.uuid});
+fn audited(lease: &Lease) -> Value {
+    let slice = |s: &Slice| json!({"gpu": s.gpu, "profile": s.profile_name, "placement": s.placement, "uuid": s.uuid});
     lease.slices.iter().map(slice).collect()
 }
 
-fn audit(event: &str, holder: &Holder, mut more: serde_json::Value) {
-    let who = serde_json::json!({
+fn audit(event: &str, holder: &Holder, mut more: Value) {
+    let who = json!({
         "event": event, "time_ms": host::wall_ms(), "container": holder.container, "image": holder.image,
         "uid": holder.uid, "way": holder.way,
     });
-    if let (Some(line), serde_json::Value::Object(who)) = (more.as_object_mut(), who) {
+    if let (Some(line), Value::Object(who)) = (more.as_object_mut(), who) {
         let rest = std::mem::replace(line, who);
         line.extend(rest);
     }

@@ -11,12 +11,12 @@ use serde_json::Value;
 use crate::bundle;
 use crate::config::Settings;
 use crate::edits::{self, Edit, Given, HookCall};
-use crate::engine::{self, Binding, Engine, Failure, Grant, Released};
+use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
-use crate::host::{self, Host};
-use crate::lease::{Holder, Way};
+use crate::host::{self, Host, Majors};
+use crate::lease::{Holder, Lease, Slice, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request;
 
@@ -30,6 +30,7 @@ struct Call {
 /// Runs a stage. poststop ends with 0 whatever happens: runc 1.3 and youki fail `delete` otherwise.
 pub fn main(args: &[OsString]) -> Exit {
     handover::unblock_signals();
+    let caller = host::parent(std::process::id());
     let poststop = args.iter().any(|a| a == "poststop");
     let outcome = parse(args).and_then(|call| {
         let settings = Settings::load(call.config.as_deref())?;
@@ -40,7 +41,8 @@ pub fn main(args: &[OsString]) -> Exit {
         Ok(()) => Exit::Ok,
         Err(error) => {
             let code = report::exit_code(&error);
-            tell(&report::sentence(&error), !poststop && args.iter().any(|a| a == "precreate"));
+            let precreate = !poststop && args.iter().any(|a| a == "precreate");
+            tell(&report::sentence(&error), caller.filter(|_| precreate));
             if poststop { Exit::Ok } else { code }
         }
     }
@@ -110,41 +112,50 @@ fn precreate(settings: &Settings) -> Result<()> {
     };
     let Some(request) = asked? else { return Ok(print(&bytes)?) };
     let mut value = config.certain(shown)?;
+    let prepared = prepare(settings, &mut value, None);
+    let majors =
+        prepared.inspect_err(|error| engine::audit_refusal(&holder, Some(&request), &report::sentence(error)))?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    let grant = engine.acquire(&request, &holder)?;
-    let handed_on = edit(settings, &grant, &mut value, true).and_then(|()| {
+    let lease = engine.acquire(&request, &holder)?;
+    let handed_on = edit(settings, &lease, majors, &mut value, true).and_then(|()| {
         print(&serde_json::to_vec(&value)?).context("cannot write the edited config to standard output")
     });
-    handed_on.inspect_err(|_| give_back(&engine, &grant.lease.token))
+    handed_on.inspect_err(|_| give_back(&engine, &lease.token))
 }
 
-/// Writes a grant into a config, and refuses where the container could reach more than its own slices.
-pub(crate) fn edit(settings: &Settings, grant: &Grant, config: &mut Value, bind: bool) -> Result<()> {
-    let lease = &grant.lease;
-    let given: Vec<Given> = lease
-        .slices
-        .iter()
-        .filter_map(|s| {
-            Some(Given { uuid: s.uuid.as_deref()?, gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] })
-        })
-        .collect();
-    let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
-    let nodes = edits::nodes(&given, grant.majors, |name, major, minor| host.node_mode(name, major, minor));
-    let environment = edits::environment(&lease.uuids(), &lease.profiles());
-    let program = hook_program()?;
-    let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
-    edits::strip(config, grant.majors);
-    edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind })
-        .map_err(Failure::BadRequest)?;
-    match edits::open_rule(config, &nodes, grant.majors) {
+/// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices. Before anything
+/// is acquired.
+pub(crate) fn prepare(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+    if let Some(why) = edits::bound_dev(config) {
+        return Err(Refused(why).into());
+    }
+    if bundle::dev_is_link(config, bundle) {
+        return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
+    }
+    let majors = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root).majors()?;
+    edits::strip(config, majors);
+    match edits::open_rule(config, majors) {
         Some(why) if !settings.open_device_rules => Err(Refused(format!(
             "the container would reach other slices than its own: {why}; start it without --privileged and without \
              wide --device-cgroup-rule, or set requests.open_device_rules = true where that is meant"
         ))
         .into()),
-        _ => Ok(()),
+        _ => Ok(majors),
     }
+}
+
+/// Writes a lease's slices into a prepared config.
+pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
+    let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
+    let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
+    let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
+    let nodes = edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor));
+    let environment = edits::environment(&lease.uuids(), &lease.profiles());
+    let program = hook_program()?;
+    let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
+    let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
+    Ok(edited.map_err(Failure::BadRequest)?)
 }
 
 /// Releases what a failure after acquire leaves over.
@@ -240,14 +251,12 @@ fn poststop(settings: &Settings, token: &str) -> Result<()> {
 }
 
 /// Says why: to stderr and to the journal; and, since podman throws away what a precreate hook prints, to podman's own
-/// stderr where the kernel lets us.
-fn tell(reason: &str, to_parent: bool) {
+/// stderr where the kernel lets us, if it still lives: whoever takes in the orphans of a killed podman did not ask.
+fn tell(reason: &str, caller: Option<u32>) {
     eprintln!("mig-hook: {reason}");
     tracing::error!("{reason}");
-    if to_parent {
-        let parent = host::parent(std::process::id());
-        if let Some(Ok(mut stderr)) = parent.map(handover::stderr_of) {
-            let _ = writeln!(stderr, "mig-hook: {reason}");
-        }
+    let caller = caller.filter(|_| host::parent(std::process::id()) == caller);
+    if let Some(Ok(mut stderr)) = caller.map(handover::stderr_of) {
+        let _ = writeln!(stderr, "mig-hook: {reason}");
     }
 }

@@ -217,9 +217,12 @@ pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
     words
 }
 
-/// Program file of a process, if it is a file that still exists (crun runs from a sealed copy of itself).
+/// Program file of a process: what it runs, else what it was called by (crun runs from a sealed copy of itself, and its
+/// engine calls it by an absolute path).
 pub fn program(pid: u32) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{pid}/exe")).ok().filter(|path| path.is_absolute() && path.is_file())
+    let runs = fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let called = command_line(pid).into_iter().next().map(PathBuf::from);
+    [runs, called].into_iter().flatten().find(|path| path.is_absolute() && path.is_file())
 }
 
 /// Login uid of a process, else its real uid: who asked.

@@ -19,6 +19,7 @@ use crate::config::{ConfigError, Settings};
 use crate::engine::Failure;
 use crate::gpu::GpuError;
 use crate::handover;
+use crate::host::HostError;
 use crate::request::RequestError;
 use crate::store::StoreError;
 
@@ -57,7 +58,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::BadRequest(_) => Exit::BadRequest,
             Failure::NotAllowed(_) => Exit::NotAllowed,
             Failure::NoRoom(_) | Failure::Stale(_) => Exit::NoRoom,
-            Failure::Host(_) => Exit::Unavailable,
+            Failure::Host(host) => return code_of(host),
             Failure::Gpu(gpu) => return code_of(gpu),
             Failure::Store(store) => return code_of(store),
         });
@@ -68,6 +69,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             GpuError::NoRoom { .. } | GpuError::InUse { .. } => Exit::NoRoom,
             _ => Exit::Unavailable,
         });
+    }
+    if cause.is::<HostError>() {
+        return Some(Exit::Unavailable);
     }
     if let Some(store) = cause.downcast_ref::<StoreError>() {
         return Some(match store {

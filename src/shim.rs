@@ -113,9 +113,12 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     {
         return Ok(None); // podman's hook was here before us and releases by the same token
     }
-    let grant = engine.acquire(&request, &holder)?;
-    let token = grant.lease.token.clone();
-    let put = hook::edit(settings, &grant, &mut value, holder.pid_file.is_none())
+    let prepared = hook::prepare(settings, &mut value, holder.bundle.as_deref());
+    let majors =
+        prepared.inspect_err(|error| engine::audit_refusal(&holder, Some(&request), &report::sentence(error)))?;
+    let lease = engine.acquire(&request, &holder)?;
+    let token = lease.token.clone();
+    let put = hook::edit(settings, &lease, majors, &mut value, holder.pid_file.is_none())
         .and_then(|()| Ok(bundle::replace(&path, &value)?))
         .inspect_err(|_| hook::give_back(&engine, &token));
     put.map(|()| Some(token))
