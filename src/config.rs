@@ -1,4 +1,4 @@
-//! `/etc/mig-hook/config.toml`: a [`Fragment`] as written becomes validated [`Settings`]. Every path of the outside world
+//! `/etc/mig-hook/config.toml`: a fragment as written becomes validated [`Settings`]. Every path of the outside world
 //! is here; an ordinary host needs no file at all.
 
 use std::os::unix::fs::MetadataExt;

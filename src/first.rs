@@ -2,7 +2,7 @@
 //!
 //! Runs at every container start, so it is small and static: no NVML, clap or tracing, no lock, and nothing that a
 //! dynamic loader could be talked into (docs/security.md). What it decides: where the verb of a runtime's command line
-//! stands ([`plan`]), whether a config asks for a slice ([`asked`]), whether a container holds a lease ([`leased`]).
+//! stands ([`plan`]), whether a config asks for a slice ([`asked`]), whether a container holds a lease.
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};

@@ -2,7 +2,7 @@
 //!
 //! The shim must be invisible to the runtime that it becomes. Rust's start-up sets SIGPIPE to "ignored" before `main`, and
 //! `std::process::Command` sets it to "default" before exec: either way what the engine had chosen is lost (podman
-//! ignores it). So our binaries take C's `main` through [`entry!`], and exec directly.
+//! ignores it). So our binaries take C's `main` through [`entry!`](crate::entry), and exec directly.
 
 #![allow(unsafe_code)]
 
