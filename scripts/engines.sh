@@ -12,7 +12,8 @@
 #
 # After `up`, $ENG_DIR holds
 #   rootfs/             busybox and `mig-probe` (see eng_probe); rootfs.tar is the same, imported as $ENG_IMAGE
-#   bin/podman          podman with every option set; ENG_HOOKS_DIR and ENG_RUNTIME (default runc) are read at each call
+#   bin/podman          podman with every option set; ENG_HOOKS_DIR, ENG_RUNTIME (default runc) and ENG_STORE (a directory
+#                       for a store of its own, without the image) are read at each call
 #   bin/docker bin/ctr  clients of the private dockerd and its containerd; $ENG_DIR/daemon.json may be written before `up`
 #   logs/               what the daemons said
 #
@@ -288,7 +289,8 @@ export HOME=$ENG_DIR/home TMPDIR=$ENG_DIR/tmp XDG_RUNTIME_DIR= PODMAN_IGNORE_CGR
 case \$1 in
     run | create) sub=\$1 && shift && set -- "\$sub" --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
 esac
-exec $podman --root $dir/root --runroot $dir/run --tmpdir $dir/tmp --storage-driver vfs \\
+store=\${ENG_STORE:-$dir}
+exec $podman --root "\$store/root" --runroot "\$store/run" --tmpdir "\$store/tmp" --storage-driver vfs \\
     --runtime "\${ENG_RUNTIME:-runc}" --hooks-dir "\${ENG_HOOKS_DIR:-$dir/hooks.d}" "\$@"
 WRAPPER
     chmod +x "$ENG_DIR/bin/podman"

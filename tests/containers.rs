@@ -105,6 +105,16 @@ impl Site {
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
+    /// The same with a store of its own: every podman that starts takes the others' directories from mapped users again.
+    fn podman_alone(&self, runtime: &str) -> Engine<'_> {
+        let store = self.dir.join(format!("alone-{runtime}"));
+        std::fs::create_dir_all(&store).unwrap();
+        let mut podman = self.podman(runtime);
+        podman.env.push(("ENG_STORE", store.display().to_string()));
+        podman.ok(&["import", "-q", &self.dir.join("rootfs.tar").display().to_string(), IMAGE]);
+        podman
+    }
+
     /// podman without our hook, and our shim with these options as its runtime.
     fn podman_by_shim(&self, options: &str) -> Engine<'_> {
         std::fs::create_dir_all(self.path("no-hooks")).unwrap();
