@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Foreign, Settings};
 use crate::first::index_name;
-use crate::gpu::{Device, Gpu, GpuError, Instance, MigMode};
+use crate::gpu::{ComputeInstance, Device, Gpu, GpuError, Instance, MigMode};
 use crate::host::{self, Host, HostError};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
 use crate::placement::{self, Choice, Held, Reason, Room, Window};
@@ -210,7 +210,7 @@ impl<'a> Engine<'a> {
             lease.slices[at].step = Step::CreatingInstance;
             self.store.put(lock, &lease.token, lease)?;
             let created = self.gpu.create_instance(&gpu, lease.slices[at].profile, lease.slices[at].placement);
-            if let Err(GpuError::NoRoom { .. }) = created {
+            if let Err(GpuError::NoRoom { .. } | GpuError::InUse { .. } | GpuError::NoPermission { .. }) = created {
                 lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
             }
             let instance = created?;
@@ -369,10 +369,10 @@ impl<'a> Engine<'a> {
                     None if self.settings.foreign == Foreign::Refuse => Some(
                         "was not created by mig-hook and may be somebody's; setting slices.foreign = \"idle\" lets idle ones be given".into(),
                     ),
-                    None => self.user_of(device, instance)?.map(|pid| format!("is in use by process {pid}")),
+                    None => self.user_in(&device.uuid, device.minor, instance)?.map(|pid| format!("is in use by process {pid}")),
                 };
                 match obstacle {
-                    None => return Ok(Some(located(device, instance, compute.id, &compute.uuid))),
+                    None => return Ok(Slice::located(device, instance, compute)),
                     Some(why) if by_name => return Err(Failure::NoRoom(format!("slice {want} {why}"))),
                     Some(_) => {}
                 }
@@ -384,19 +384,6 @@ impl<'a> Engine<'a> {
             ))),
             false => Ok(None),
         }
-    }
-
-    /// A process that the driver lists in an instance, or that has its capabilities open.
-    fn user_of(&self, device: &Device, instance: &Instance) -> Result<Option<u32>, Failure> {
-        let processes = self.gpu.processes(&device.uuid)?;
-        if let Some(process) = processes.iter().find(|p| p.instance == Some(instance.id)) {
-            return Ok(Some(process.pid));
-        }
-        let mut minors = BTreeSet::from([self.host.instance_minor(device.minor, instance.id)?]);
-        for compute in &instance.compute {
-            minors.insert(self.host.compute_minor(device.minor, instance.id, compute.id)?);
-        }
-        Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
     }
 
     /// New slices for all of `wants`, at the best placements.
@@ -655,7 +642,7 @@ impl<'a> Engine<'a> {
         }
         let Some(instance) = self.still_ours(&slice)? else { return Ok(None) };
         if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
-            && let Some(pid) = self.user_in(&slice, &instance)?
+            && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
         {
             let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
             return Ok(Some(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
@@ -698,16 +685,16 @@ impl<'a> Engine<'a> {
         Ok((!strangers).then_some(instance))
     }
 
-    fn user_in(&self, slice: &Slice, instance: &Instance) -> Result<Option<u32>, Failure> {
-        let listed = self.gpu.processes(&slice.gpu)?.into_iter().find(|p| p.instance == Some(instance.id));
+    /// A process that the driver lists in an instance, or that has one of its capabilities open.
+    fn user_in(&self, gpu: &str, gpu_minor: u32, instance: &Instance) -> Result<Option<u32>, Failure> {
+        let listed = self.gpu.processes(gpu)?.into_iter().find(|p| p.instance == Some(instance.id));
         if let Some(process) = listed {
             return Ok(Some(process.pid));
         }
-        let mut minors = BTreeSet::new();
-        minors.extend(self.host.instance_minor(slice.gpu_minor, instance.id));
-        for compute in &instance.compute {
-            minors.extend(self.host.compute_minor(slice.gpu_minor, instance.id, compute.id));
-        }
+        // A capability without its /proc file is one that nobody can open.
+        let of_compute = |c: &ComputeInstance| self.host.compute_minor(gpu_minor, instance.id, c.id);
+        let mut minors: BTreeSet<u32> = instance.compute.iter().flat_map(of_compute).collect();
+        minors.extend(self.host.instance_minor(gpu_minor, instance.id));
         Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
     }
 
@@ -784,45 +771,10 @@ fn old_uuid(device: &Device, instance: &Instance) -> String {
     format!("MIG-{}/{}/{compute}", device.uuid, instance.id)
 }
 
-fn located(device: &Device, instance: &Instance, ci: u32, uuid: &str) -> Slice {
-    let profile = device.profile(instance.profile);
-    Slice {
-        gpu: device.uuid.clone(),
-        gpu_index: device.index,
-        gpu_minor: device.minor,
-        profile: instance.profile,
-        profile_name: profile.map_or_else(|| format!("profile {}", instance.profile.0), |p| p.name.clone()),
-        memory_mib: profile.map_or(0, |p| p.memory_mib),
-        placement: instance.placement,
-        ours: false,
-        step: Step::Whole,
-        gi: Some(instance.id),
-        ci: Some(ci),
-        uuid: Some(uuid.to_owned()),
-        gi_minor: None,
-        ci_minor: None,
-    }
-}
-
+/// The slice that a choice means; `None` never, since choices are made from these devices.
 fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
     let device = devices.iter().find(|d| d.uuid == choice.gpu)?;
-    let profile = device.profile(choice.profile)?;
-    Some(Slice {
-        gpu: device.uuid.clone(),
-        gpu_index: device.index,
-        gpu_minor: device.minor,
-        profile: choice.profile,
-        profile_name: profile.name.clone(),
-        memory_mib: profile.memory_mib,
-        placement: choice.placement,
-        ours: true,
-        step: Step::Planned,
-        gi: None,
-        ci: None,
-        uuid: None,
-        gi_minor: None,
-        ci_minor: None,
-    })
+    Some(Slice::planned(device, device.profile(choice.profile)?, choice.placement))
 }
 
 /// Who has a taken window.
@@ -871,21 +823,12 @@ fn audit(event: &str, holder: &Holder, mut more: Value) {
     tracing::info!(target: "audit", "{more}");
 }
 
-/// What is known of a holder at the start.
+/// What is known of a holder at the start: who asks, and how.
 pub fn new_holder(way: Way, owner: u32) -> Holder {
     Holder {
-        way,
-        container: None,
-        bundle: None,
-        runtime_root: None,
-        runtime: None,
-        pid_file: None,
         owner: host::process(owner),
-        init: None,
-        cgroup: None,
         mount_namespace: host::mount_namespace(std::process::id()),
-        image: None,
         uid: host::user(owner),
-        bundle_missing_boot_ms: None,
+        ..Holder::new(way)
     }
 }

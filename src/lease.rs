@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::{Placement, ProfileId};
+use crate::gpu::{ComputeInstance, Device, Instance, Placement, Profile, ProfileId};
 use crate::host::ProcessId;
 
 /// Version of the record. Another one on disk is refused and left alone.
@@ -154,6 +154,56 @@ pub struct Slice {
     pub ci_minor: Option<u32>,
 }
 
+impl Holder {
+    /// Nothing known but the way.
+    pub fn new(way: Way) -> Holder {
+        Holder {
+            way,
+            container: None,
+            bundle: None,
+            runtime_root: None,
+            runtime: None,
+            pid_file: None,
+            owner: None,
+            init: None,
+            cgroup: None,
+            mount_namespace: None,
+            image: None,
+            uid: None,
+            bundle_missing_boot_ms: None,
+        }
+    }
+}
+
+impl Slice {
+    /// One that is to be cut.
+    pub fn planned(device: &Device, profile: &Profile, placement: Placement) -> Slice {
+        Slice {
+            gpu: device.uuid.clone(),
+            gpu_index: device.index,
+            gpu_minor: device.minor,
+            profile: profile.id,
+            profile_name: profile.name.clone(),
+            memory_mib: profile.memory_mib,
+            placement,
+            ours: true,
+            step: Step::Planned,
+            gi: None,
+            ci: None,
+            uuid: None,
+            gi_minor: None,
+            ci_minor: None,
+        }
+    }
+
+    /// One that somebody else made. `None` for a profile that the GPU does not list.
+    pub fn located(device: &Device, instance: &Instance, compute: &ComputeInstance) -> Option<Slice> {
+        let planned = Slice::planned(device, device.profile(instance.profile)?, instance.placement);
+        let (gi, ci, uuid) = (Some(instance.id), Some(compute.id), Some(compute.uuid.clone()));
+        Some(Slice { ours: false, step: Step::Whole, gi, ci, uuid, ..planned })
+    }
+}
+
 impl Lease {
     /// UUIDs of its slices, comma-separated.
     pub fn uuids(&self) -> String {
@@ -262,21 +312,7 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn lease(state: State, way: Way) -> Lease {
-        let holder = Holder {
-            way,
-            container: None,
-            bundle: None,
-            runtime_root: None,
-            runtime: None,
-            pid_file: None,
-            owner: None,
-            init: None,
-            cgroup: None,
-            mount_namespace: None,
-            image: None,
-            uid: None,
-            bundle_missing_boot_ms: None,
-        };
+        let holder = Holder::new(way);
         let (token, created_boot_ms, created_ms) = ("t".to_owned(), 0, 0);
         Lease {
             version: VERSION,

@@ -1,6 +1,5 @@
 //! How a reason reaches people: exit codes, stderr, the journal, and the `--log` file that docker and containerd read.
 
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
@@ -18,7 +17,6 @@ use crate::bundle::BundleError;
 use crate::config::{ConfigError, Settings};
 use crate::engine::Failure;
 use crate::gpu::GpuError;
-use crate::handover;
 use crate::host::HostError;
 use crate::request::RequestError;
 use crate::store::StoreError;
@@ -108,24 +106,13 @@ pub struct Refused(pub String);
 #[error("{0}")]
 pub struct Misused(pub String);
 
-/// `mig-engine WAY ARGS…`: what the first stages become.
-pub fn engine_main(args: Vec<OsString>) -> i32 {
-    let pipe = handover::Sigpipe::ignore();
+/// Has a panic reported like any other error: on stderr and in the journal.
+pub fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
-        let place = info.location().map(ToString::to_string).unwrap_or_default();
-        let line = format!("mig-hook: a mistake in mig-hook at {place}: {info}");
-        eprintln!("{line}");
+        let line = format!("a mistake in mig-hook: {info}");
+        eprintln!("mig-hook: {line}");
         to_socket(Path::new("/dev/log"), Level::ERROR, &line);
     }));
-    let rest = args.get(2..).unwrap_or_default().to_vec();
-    match args.get(1).and_then(|way| way.to_str()) {
-        Some("hook") => crate::hook::main(&rest) as i32,
-        Some("shim") => crate::shim::main(rest, pipe),
-        _ => {
-            eprintln!("mig-engine is started by mig-hook and mig-runtime, not by hand; see migctl --help");
-            Exit::Usage as i32
-        }
-    }
 }
 
 /// Where log lines go.
@@ -204,7 +191,7 @@ impl io::Write for Line<'_> {
         match &self.lines.sink {
             Sink::Stderr if self.audit => {}
             Sink::Stderr => eprint!("migctl: {line}"),
-            Sink::Socket(path) => to_socket(path, self.level, &format!("mig-hook: {}", line.trim_end())),
+            Sink::Socket(path) => to_socket(path, self.level, line.trim_end()),
         }
         if let Some(path) = self.lines.audit.as_deref().filter(|_| self.audit) {
             let append =
@@ -228,7 +215,6 @@ fn to_socket(path: &Path, level: Level, line: &str) {
         Level::INFO => 6,
         _ => 7,
     };
-    let line = line.strip_prefix("mig-hook: ").unwrap_or(line);
     let message = format!("<{}>mig-hook[{}]: {line}", (3 << 3) | severity, std::process::id());
     if let Ok(socket) = UnixDatagram::unbound() {
         let _ = socket.set_nonblocking(true);
