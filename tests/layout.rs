@@ -33,9 +33,12 @@ fn module(src: &Path, file: &Path) -> String {
     Path::new(first.as_os_str()).file_stem().unwrap().to_str().unwrap().to_owned()
 }
 
-/// Modules named after `crate::`, in `use` lines and elsewhere, tests excepted: those may reach down for a helper.
+/// Modules named after `crate::`, in `use` lines and elsewhere; not in comments, nor in tests, which may reach down for a
+/// helper.
 fn uses(text: &str) -> Vec<String> {
     let product = text.split("#[cfg(test)]").next().unwrap();
+    let code: Vec<&str> = product.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+    let product = code.join("\n");
     let mut found = Vec::new();
     for rest in product.split("crate::").skip(1) {
         let names: Vec<&str> = match rest.strip_prefix('{') {
