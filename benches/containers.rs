@@ -103,11 +103,12 @@ fn main() {
 /// A tmpfs that programs run from, as the engines' /run is on most hosts; else /tmp.
 fn base() -> &'static str {
     let runs = |dir: &str| {
-        let copy = Path::new(dir).join(format!("mig-bench-{}", std::process::id()));
-        let ran = std::fs::copy("/bin/busybox", &copy).is_ok()
-            && Command::new(&copy).arg("true").status().is_ok_and(|s| s.success());
-        let _ = std::fs::remove_file(&copy);
-        ran
+        let copy =
+            tempfile::Builder::new().prefix("mig-bench").tempdir_in(dir).map(|dir| (dir.path().join("true"), dir));
+        copy.is_ok_and(|(program, _dir)| {
+            std::fs::copy("/bin/busybox", &program).is_ok()
+                && Command::new(&program).status().is_ok_and(|s| s.success())
+        })
     };
     if runs("/dev/shm") { "/dev/shm" } else { "/tmp" }
 }
