@@ -6,6 +6,7 @@ DESTDIR ?=
 BINDIR := $(PREFIX)/bin
 LIBEXECDIR := $(PREFIX)/libexec
 DATADIR := $(PREFIX)/share
+MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
 
 CARGO ?= cargo
@@ -53,6 +54,8 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	install -D -m 755 $(DIST)/mig-runtime $(DESTDIR)$(BINDIR)/mig-runtime
 	install -D -m 755 $(DIST)/mig-engine $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine
 	install -D -m 755 $(DIST)/mig-hook $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 docs/man/*.1
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 docs/man/*.8
 	install -d -m 755 $(DESTDIR)$(HOOKSDIR)
 	for hook in hooks/*.json.in; do \
 	    target=$(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); \
@@ -62,6 +65,8 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 uninstall: ## take that away again; settings and state stay
 	rm -f $(DESTDIR)$(BINDIR)/migctl $(DESTDIR)$(BINDIR)/mig-runtime
 	rm -f $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
+	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man1/,$(notdir $(wildcard docs/man/*.1)))
+	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(wildcard docs/man/*.8)))
 	for hook in hooks/*.json.in; do rm -f $(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); done
 	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
 	    $(DESTDIR)$(DATADIR)/mig-hook

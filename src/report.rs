@@ -115,18 +115,13 @@ pub fn report_panics() {
     }));
 }
 
-/// Where log lines go.
-#[derive(Debug, Clone)]
-enum Sink {
-    /// People: stderr.
-    Stderr,
-    /// journald or syslogd, by their datagram socket.
-    Socket(PathBuf),
-}
-
-/// Log lines and audit lines of one process.
+/// Where log lines and audit lines of one process go.
 struct Lines {
-    sink: Sink,
+    /// A person's command: log lines go to stderr.
+    person: bool,
+    /// journald's or syslogd's datagram socket.
+    socket: PathBuf,
+    /// `log.audit_file`.
     audit: Option<PathBuf>,
 }
 
@@ -134,8 +129,7 @@ struct Lines {
 /// go to the journal whatever the way in, and to `log.audit_file`.
 pub fn start_logging(settings: &Settings, person: bool) {
     let level = settings.level.parse().unwrap_or(Level::INFO);
-    let sink = if person { Sink::Stderr } else { Sink::Socket(settings.log_socket.clone()) };
-    let lines = Lines { sink, audit: settings.audit_file.clone() };
+    let lines = Lines { person, socket: settings.log_socket.clone(), audit: settings.audit_file.clone() };
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(false)
@@ -188,10 +182,9 @@ struct Line<'a> {
 impl io::Write for Line<'_> {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let line = String::from_utf8_lossy(text);
-        match &self.lines.sink {
-            Sink::Stderr if self.audit => {}
-            Sink::Stderr => eprint!("migctl: {line}"),
-            Sink::Socket(path) => to_socket(path, self.level, line.trim_end()),
+        match self.lines.person && !self.audit {
+            true => eprint!("migctl: {line}"),
+            false => to_socket(&self.lines.socket, self.level, line.trim_end()),
         }
         if let Some(path) = self.lines.audit.as_deref().filter(|_| self.audit) {
             let append =

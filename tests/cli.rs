@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output, Stdio};
 
 use common::{DEMO, World, binaries, config, run, text};
@@ -144,7 +145,12 @@ fn release_is_for_containers_that_have_ended() {
     }
     assert_eq!(world.instances().len(), 1);
     drop(init);
+    let journal = UnixDatagram::bind(world.path("log.sock")).unwrap();
+    journal.set_nonblocking(true).unwrap();
     let document = world.document(&["release", "c1"]);
+    let mut line = [0; 4096];
+    let length = journal.recv(&mut line).expect("a release by hand is in the journal, too");
+    assert!(String::from_utf8_lossy(&line[..length]).contains("\"event\":\"release\""));
     assert_eq!(document, json!({"version": 1, "token": token, "outcome": "done"}));
     world.assert_clean("after release");
     let audit = world.audit();

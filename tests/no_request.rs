@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::{World, config, installed, run, skip, text};
+use common::{World, binaries, config, installed, run, skip, text};
 use serde_json::{Value, json};
 
 /// Program calls that succeeded, and every open and lock, of a traced command.
@@ -50,6 +50,37 @@ fn silent_configs() -> Vec<(&'static str, Value)> {
             config(json!({"mig.profile": "1g.10gb", "io.kubernetes.cri-o.ContainerType": "sandbox"}), &[]),
         ),
     ]
+}
+
+/// Rust's own start-up, which our binaries do without, puts /dev/null in the place of closed standard descriptors.
+#[test]
+fn closed_standard_descriptors_never_become_a_lease_or_the_driver() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.recording_runtime(0);
+    let bundle = world.bundle("b", &config(json!({"mig.profile": "1g.10gb"}), &[]));
+    let trace = world.path("trace");
+    let shim = binaries().join("mig-runtime");
+    if !installed("strace") {
+        return skip("closed_standard_descriptors_never_become_a_lease_or_the_driver", "strace is not installed");
+    }
+    let script = format!(
+        "exec strace -f -e trace=openat,open -o {} {} --mig-config {} create --bundle {} c1 <&- >&- 2>&-",
+        trace.display(),
+        shim.display(),
+        world.config().display(),
+        bundle.display()
+    );
+    let status = Command::new("/bin/sh").args(["-c", &script]).status().unwrap();
+    assert!(status.success());
+    let traced = std::fs::read_to_string(&trace).unwrap();
+    let low = |line: &&str| [" = 0", " = 1", " = 2"].iter().any(|end| line.ends_with(end));
+    let runtime = world.path("rt").display().to_string();
+    let ours: Vec<&str> = traced.lines().take_while(|line| !line.contains(&runtime)).collect();
+    assert!(ours.iter().any(|line| line.contains("libnvidia-ml")), "the trace shows nothing: {traced}");
+    // The loader of a dynamic program opens and closes its libraries before any code of ours runs.
+    let loader = |line: &str| ["ld.so.cache", "libc.so", "libgcc_s.so", "libm.so"].iter().any(|lib| line.contains(lib));
+    let taken: Vec<&&str> = ours.iter().filter(|l| low(l) && !l.contains("/dev/null") && !loader(l)).collect();
+    assert!(taken.is_empty(), "{taken:#?}");
 }
 
 #[test]
