@@ -485,3 +485,33 @@ fn nothing_in_the_environment_or_the_directory_makes_us_run_what_is_not_ours() {
     run(control.env("LD_PRELOAD", evil.join("evil.so")));
     assert!(canary.exists(), "the attack works where it can");
 }
+
+/// Loading and starting NVML is what costs most on a real machine.
+#[test]
+fn nvml_is_started_once_a_process_also_when_what_was_cut_is_undone() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.recording_runtime(0);
+    let starts = || {
+        let counts: Value = serde_json::from_str(&world.sim("counts", &["--json"])).unwrap();
+        world.sim("count", &["on"]); // from nought again
+        let starts = counts.as_object().unwrap().iter().filter(|(call, _)| call.starts_with("nvmlInit"));
+        starts.map(|(_, n)| n.as_u64().unwrap()).sum::<u64>()
+    };
+    world.sim("count", &["on"]);
+    let asking = config(json!({"mig.profile": "1g.10gb"}), &[]);
+    let output = world.hook(&["precreate"], asking.to_string().as_bytes());
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(starts(), 1, "precreate");
+    let token = world.lease()["token"].as_str().unwrap().to_owned();
+    world.hook(&["poststop", "--lease", &token], &state("c1", 1, &world.path("b")));
+    assert_eq!(starts(), 1, "poststop");
+    world.assert_clean("after poststop");
+    let mut broken = asking;
+    broken["process"] = json!([]);
+    let bundle = world.bundle("b", &broken).display().to_string();
+    assert!(!world.shim(&["create", "--bundle", &bundle, "c1"]).status.success());
+    assert_eq!(starts(), 1, "a create that undoes what it cut");
+    world.assert_clean("after the undone create");
+    world.hook(&["poststop", "--lease", &token], &state("c1", 1, &world.path("b")));
+    assert_eq!(starts(), 0, "a second poststop");
+}

@@ -1,0 +1,196 @@
+//! Which slices a request gets: existing ones where they may be taken, else the best placements for new ones. Reads GPU
+//! and leases; changes nothing.
+
+use crate::config::Foreign;
+use crate::gpu::{Device, Instance, MigMode};
+use crate::lease::{Lease, Slice};
+use crate::placement::{self, Choice, Held, Reason, Room, Window};
+use crate::profile;
+use crate::request::{GpuSelector, Request, Want};
+
+use super::{Engine, Failure};
+
+impl Engine<'_> {
+    /// The GPUs that may serve the request: managed by us, MIG on, not found unusable, with the allowed profiles only.
+    pub(super) fn usable_devices(
+        &self,
+        request: &Request,
+        unusable: &[(String, String)],
+    ) -> Result<Vec<Device>, Failure> {
+        let mut devices = self.gpu.devices()?;
+        if devices.is_empty() {
+            return Err(Failure::BadRequest("this machine has no NVIDIA GPU".into()));
+        }
+        if let Some(managed) = &self.settings.gpus {
+            devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
+            if devices.is_empty() {
+                return Err(Failure::NotAllowed(format!(
+                    "limits.gpus names no GPU of this machine: {}",
+                    managed.join(", ")
+                )));
+            }
+        }
+        if let Some(wanted) = &request.gpu {
+            let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
+            devices.retain(|d| wanted.matches(d));
+            if devices.is_empty() {
+                return Err(Failure::BadRequest(format!(
+                    "mig.gpu names no GPU here: {wanted}; there are {}",
+                    present.join(", ")
+                )));
+            }
+        }
+        let off: Vec<String> = devices.iter().filter(|d| d.mig != MigMode::On).map(mode_sentence).collect();
+        devices.retain(|d| d.mig == MigMode::On);
+        if devices.is_empty() {
+            return Err(Failure::BadRequest(off.join("; ")));
+        }
+        devices.retain(|d| !unusable.iter().any(|(uuid, _)| *uuid == d.uuid));
+        if devices.is_empty() {
+            let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
+            return Err(Failure::NoRoom(reasons.join("; ")));
+        }
+        if let Some(allowed) = &self.settings.profiles {
+            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
+        }
+        Ok(devices)
+    }
+
+    /// The slices for the first alternative that can be met: existing ones where they may be taken, else new ones.
+    pub(super) fn choose(
+        &self,
+        devices: &[Device],
+        leases: &[Lease],
+        request: &Request,
+    ) -> Result<Vec<Slice>, Failure> {
+        let mut refusals = Vec::new();
+        for wants in &request.alternatives {
+            match self.choose_all(devices, leases, wants) {
+                Ok(slices) => return Ok(slices),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        // One sentence each; the kind of the least final one: what may fit later is worth another try.
+        let text = refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; or else ");
+        match refusals.into_iter().find(|r| matches!(r, Failure::NoRoom(_))) {
+            Some(_) => Err(Failure::NoRoom(text)),
+            None => Err(Failure::BadRequest(text)),
+        }
+    }
+
+    fn choose_all(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Failure> {
+        let mut found: Vec<Option<Slice>> = Vec::new();
+        for want in wants {
+            let slice = self.locate(devices, leases, want, &found)?;
+            found.push(slice);
+        }
+        let to_cut: Vec<Want> =
+            wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
+        let mut cut = self.place(devices, leases, &to_cut)?.into_iter();
+        Ok(found.into_iter().filter_map(|slice| slice.or_else(|| cut.next())).collect())
+    }
+
+    /// An existing slice for `want`: named by UUID, or idle and of that profile where the settings let foreign ones go.
+    fn locate(
+        &self,
+        devices: &[Device],
+        leases: &[Lease],
+        want: &Want,
+        found: &[Option<Slice>],
+    ) -> Result<Option<Slice>, Failure> {
+        let wanted = |device: &Device, instance: &Instance, uuid: &str| match want {
+            Want::Uuid(name) => name.eq_ignore_ascii_case(uuid) || *name == old_uuid(device, instance),
+            Want::Profile(name) => device.profile(instance.profile).is_some_and(|p| p.name == *name),
+            Want::Memory { bytes } => profile::resolve_memory(device, *bytes).is_some_and(|p| p.id == instance.profile),
+        };
+        let by_name = matches!(want, Want::Uuid(_));
+        if !by_name && self.settings.foreign == Foreign::Refuse {
+            return Ok(None);
+        }
+        for device in devices {
+            for instance in &device.instances {
+                let [compute] = instance.compute.as_slice() else { continue };
+                if !wanted(device, instance, &compute.uuid) {
+                    continue;
+                }
+                let same = |s: &Slice| s.gpu == device.uuid && s.placement == instance.placement;
+                let obstacle = match leases.iter().find(|lease| lease.slices.iter().any(same)) {
+                    Some(lease) => Some(format!("is held by {}", lease.held_by())),
+                    None if found.iter().flatten().any(same) => Some("is named twice".into()),
+                    None if self.settings.foreign == Foreign::Refuse => Some(
+                        "was not created by mig-hook and may be somebody's; setting slices.foreign = \"idle\" lets idle ones be given".into(),
+                    ),
+                    None => self.user_in(&device.uuid, device.minor, instance)?.map(|pid| format!("is in use by process {pid}")),
+                };
+                match obstacle {
+                    None => return Ok(Slice::located(device, instance, compute)),
+                    Some(why) if by_name => return Err(Failure::NoRoom(format!("slice {want} {why}"))),
+                    Some(_) => {}
+                }
+            }
+        }
+        match by_name {
+            true => Err(Failure::BadRequest(format!(
+                "there is no MIG slice {want} on the GPUs that may serve this container"
+            ))),
+            false => Ok(None),
+        }
+    }
+
+    /// New slices for all of `wants`, at the best placements.
+    fn place(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Failure> {
+        let rooms: Vec<Room> = devices
+            .iter()
+            .map(|device| {
+                let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|s| s.gpu == device.uuid);
+                let window = |s: &Slice| Window { profile: Some(s.profile), placement: s.placement };
+                Room { device, occupied: slices.map(window).collect() }
+            })
+            .collect();
+        let policy = serde_json::from_value(self.settings.policy.clone().into()).unwrap_or_default();
+        let placed =
+            placement::candidates(&rooms, wants).and_then(|candidates| placement::place(&rooms, &candidates, policy));
+        match placed {
+            Ok(choices) => Ok(choices.iter().filter_map(|choice| planned(devices, choice)).collect()),
+            Err(refusal) => Err(match refusal.reason {
+                Reason::NotOffered { .. } | Reason::NeverFits => {
+                    Failure::BadRequest(refusal.explain(|_| String::new()))
+                }
+                Reason::NoRoom | Reason::Fragmented => Failure::NoRoom(refusal.explain(|held| holder_of(held, leases))),
+            }),
+        }
+    }
+}
+
+fn names_device(name: &str, device: &Device) -> bool {
+    GpuSelector::parse(name).is_some_and(|selector| selector.matches(device))
+}
+
+fn mode_sentence(device: &Device) -> String {
+    let (what, remedy) = match device.mig {
+        MigMode::Unsupported => ("has no MIG", "a GPU with MIG is needed".to_owned()),
+        MigMode::EnablePending => {
+            ("has MIG enabled only after a reset", format!("run: nvidia-smi --gpu-reset -i {}", device.index))
+        }
+        _ => ("has MIG mode off", format!("an administrator can turn it on: nvidia-smi -i {} -mig 1", device.index)),
+    };
+    format!("{} {what}; {remedy}", device.label())
+}
+
+/// The UUID format of drivers before branch 470.
+fn old_uuid(device: &Device, instance: &Instance) -> String {
+    let compute = instance.compute.first().map_or(0, |c| c.id);
+    format!("MIG-{}/{}/{compute}", device.uuid, instance.id)
+}
+
+/// The slice that a choice means; `None` never, since choices are made from these devices.
+fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
+    let device = devices.iter().find(|d| d.uuid == choice.gpu)?;
+    Some(Slice::planned(device, device.profile(choice.profile)?, choice.placement))
+}
+
+/// Who has a taken window.
+fn holder_of(held: &Held, leases: &[Lease]) -> String {
+    let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
+    leases.iter().find(here).map_or("not created by mig-hook".into(), Lease::held_by)
+}
