@@ -12,8 +12,6 @@ HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
 CARGO ?= cargo
 RUSTC ?= rustc
 DIST := target/dist
-# Where the first stages look for mig-engine when it does not lie beside them.
-export MIG_HOOK_LIBEXECDIR := $(LIBEXECDIR)/mig-hook
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 

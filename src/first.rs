@@ -21,11 +21,9 @@ use crate::handover;
 pub const SETTINGS: &str = "/etc/mig-hook/config.toml";
 /// Where leases live when the settings name nothing else.
 pub const STATE_DIR: &str = "/run/mig-hook";
-/// The second stage when it does not lie beside the first. Packagers set MIG_HOOK_LIBEXECDIR at build time.
-const ENGINE: &str = match option_env!("MIG_HOOK_LIBEXECDIR") {
-    Some(dir) => dir,
-    None => "/usr/libexec/mig-hook",
-};
+/// Where mig-engine lies, seen from the directory of the first stage: beside it, or as `make install` puts them, from
+/// PREFIX/bin and from PREFIX/libexec/oci/hooks.d.
+const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../../mig-hook/mig-engine"];
 /// Largest config.json that is read, in bytes. Real ones are 3–60 KB.
 pub const CONFIG_LIMIT: u64 = 16 << 20;
 /// Low-level runtimes in order of preference, and where they are looked for. Never `$PATH`: docker's begins with
@@ -94,8 +92,7 @@ pub enum Verb {
 }
 
 /// Global options that take a value: runc, crun and youki together.
-const GLOBAL_VALUES: [&str; 8] =
-    ["root", "log", "log-format", "log-level", "criu", "rootless", "cgroup-manager", "systemd-cgroup-manager"];
+const GLOBAL_VALUES: [&str; 7] = ["root", "log", "log-format", "log-level", "criu", "rootless", "cgroup-manager"];
 /// Options of create, run, restore, delete and exec that take a value: runc, crun and youki together.
 const VERB_VALUES: [&str; 27] = [
     "bundle",
@@ -545,8 +542,10 @@ pub fn hook(args: Vec<OsString>) -> i32 {
 
 /// Becomes `mig-engine WAY ARGS…` with an environment that no loader reads.
 fn become_engine(way: &str, args: &[OsString], wrapped: &[OsString]) -> i32 {
-    let beside = std::fs::read_link("/proc/self/exe").ok().and_then(|exe| Some(exe.parent()?.join("mig-engine")));
-    let engine = beside.filter(|path| path.is_file()).unwrap_or_else(|| Path::new(ENGINE).join("mig-engine"));
+    let dir = std::fs::read_link("/proc/self/exe").ok().and_then(|exe| Some(exe.parent()?.to_owned()));
+    let dir = dir.unwrap_or_else(|| "/usr/bin".into());
+    let found = ENGINES.iter().map(|place| dir.join(place)).find(|path| path.is_file());
+    let engine = found.unwrap_or_else(|| dir.join(ENGINES[1]));
     let mut argv = vec![OsString::from("mig-engine"), way.into()];
     argv.extend(args.iter().cloned());
     let error = handover::exec(&engine, &argv, wrapped);

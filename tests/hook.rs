@@ -431,7 +431,6 @@ fn nothing_in_the_environment_or_the_directory_makes_us_run_what_is_not_ours() {
         format!("LOCPATH={dir}"),
         format!("BASH_ENV={dir}/sh"),
         format!("ENV={dir}/sh"),
-        format!("MIG_HOOK_LIBEXECDIR={dir}"),
         "LC_ALL=xx.UTF-8".into(),
     ];
     let attacked = |command: &mut Command| {
