@@ -96,7 +96,8 @@ const KEYS: [&str; 16] = [
     "log.socket",
     "log.audit_file",
 ];
-const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
+/// Names of placement policies; the first is the default.
+pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
 const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
 
 /// What may be done with slices that we did not create.
@@ -196,9 +197,7 @@ impl Settings {
                 settings.file = Some(absolute);
                 Ok(settings)
             }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => {
-                Ok(Settings::from_fragment(Fragment::default()).unwrap_or_else(|_| unreachable_defaults()))
-            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => Ok(Settings::default()),
             Err(source) => Err(ConfigError::Read { path: shown, source }),
         }
     }
@@ -219,9 +218,9 @@ impl Settings {
 
     fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
         let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log } = fragment;
-        let driver_root = absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into());
-        let one_of = |key: &str, value: Option<String>, valid: &[&str]| match value {
-            None => Ok(valid[0].to_owned()),
+        let default = Settings::under(absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into()));
+        let one_of = |key: &str, value: Option<String>, default: String, valid: &[&str]| match value {
+            None => Ok(default),
             Some(v) if valid.contains(&v.as_str()) => Ok(v),
             Some(v) => Err(format!("{key} = \"{v}\" is not valid; it may be {}", valid.join(", "))),
         };
@@ -232,35 +231,54 @@ impl Settings {
         }
         Ok(Settings {
             file: None,
-            state_dir: absolute("state_dir", state_dir)?.unwrap_or_else(|| STATE_DIR.into()),
-            nvml: absolute("driver.nvml", driver.nvml)?.unwrap_or_else(|| find_library(&driver_root)),
-            proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or_else(|| "/proc".into()),
-            dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or_else(|| driver_root.join("dev")),
-            driver_root,
+            state_dir: absolute("state_dir", state_dir)?.unwrap_or(default.state_dir),
+            nvml: absolute("driver.nvml", driver.nvml)?.unwrap_or(default.nvml),
+            proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or(default.proc_root),
+            dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or(default.dev_root),
+            driver_root: default.driver_root,
             runtime: absolute("runtime.path", runtime.path)?,
             profiles: limits.profiles,
-            slices_per_container: limits.slices_per_container.unwrap_or(8),
+            slices_per_container: limits.slices_per_container.unwrap_or(default.slices_per_container),
             gpus: limits.gpus,
             foreign: slices.foreign,
-            policy: one_of("placement.policy", placement.policy, &POLICIES)?,
-            environment: requests.environment.unwrap_or(true),
-            open_device_rules: requests.open_device_rules.unwrap_or(false),
-            level: one_of("log.level", log.level.or(Some("info".into())), &LEVELS)?,
-            log_socket: absolute("log.socket", log.socket)?.unwrap_or_else(|| "/dev/log".into()),
+            policy: one_of("placement.policy", placement.policy, default.policy, &POLICIES)?,
+            environment: requests.environment.unwrap_or(default.environment),
+            open_device_rules: requests.open_device_rules.unwrap_or(default.open_device_rules),
+            level: one_of("log.level", log.level, default.level, &LEVELS)?,
+            log_socket: absolute("log.socket", log.socket)?.unwrap_or(default.log_socket),
             audit_file: absolute("log.audit_file", log.audit_file)?,
         })
+    }
+
+    /// The defaults for a driver whose user-space root is `driver_root`.
+    fn under(driver_root: PathBuf) -> Settings {
+        Settings {
+            file: None,
+            state_dir: STATE_DIR.into(),
+            nvml: find_library(&driver_root),
+            proc_root: "/proc".into(),
+            dev_root: driver_root.join("dev"),
+            driver_root,
+            runtime: None,
+            profiles: None,
+            slices_per_container: 8,
+            gpus: None,
+            foreign: Foreign::Refuse,
+            policy: POLICIES[0].to_owned(),
+            environment: true,
+            open_device_rules: false,
+            level: "info".to_owned(),
+            log_socket: "/dev/log".into(),
+            audit_file: None,
+        }
     }
 }
 
 impl Default for Settings {
+    /// What an ordinary host has without any file.
     fn default() -> Settings {
-        Settings::from_fragment(Fragment::default()).unwrap_or_else(|_| unreachable_defaults())
+        Settings::under("/".into())
     }
-}
-
-/// The defaults are absolute paths and valid words: `from_fragment` has nothing to refuse in them.
-fn unreachable_defaults() -> Settings {
-    unreachable!("the built-in settings are valid")
 }
 
 fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String> {

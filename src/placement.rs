@@ -50,6 +50,20 @@ pub enum Policy {
     Spread,
 }
 
+impl Policy {
+    /// The policy of that name, as the setting `placement.policy` spells it.
+    pub fn named(name: &str) -> Option<Policy> {
+        match name {
+            "scc" => Some(Policy::Scc),
+            "first-fit" => Some(Policy::FirstFit),
+            "driver" => Some(Policy::Driver),
+            "binpack" => Some(Policy::Binpack),
+            "spread" => Some(Policy::Spread),
+            _ => None,
+        }
+    }
+}
+
 /// A window of memory slices that is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {

@@ -15,6 +15,8 @@ use crate::store::Store;
 #[derive(Debug, Serialize)]
 struct Listing {
     driver_version: String,
+    /// Whether we are root: to others the driver shows no slices.
+    privileged: bool,
     gpus: Vec<GpuRow>,
 }
 
@@ -48,7 +50,7 @@ struct SliceRow {
     held_ms: Option<u64>,
 }
 
-/// Lists. Without the right to read our state, holders are left out and said to be.
+/// Lists. Without root there are GPUs to see, and no slices.
 pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
     let leases = match Store::existing(&settings.state_dir) {
         Some(store) => read_leases(&store)?,
@@ -56,7 +58,8 @@ pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
     };
     let nvml = Nvml::at(&settings.nvml);
     let gpus = nvml.devices()?.iter().map(|device| gpu_row(device, &leases)).collect();
-    super::print(&Listing { driver_version: nvml.driver_version()?, gpus }, json, text)?;
+    let privileged = nix::unistd::geteuid().is_root();
+    super::print(&Listing { driver_version: nvml.driver_version()?, privileged, gpus }, json, text)?;
     Ok(Exit::Ok)
 }
 
@@ -128,7 +131,7 @@ fn text(listing: &Listing) -> String {
         let rows: Vec<Vec<String>> = gpu.slices.iter().map(columns).collect();
         out += &super::table(&rows);
         if gpu.slices.is_empty() && gpu.mig == MigMode::On {
-            out += "  no slices\n";
+            out += if listing.privileged { "  no slices\n" } else { "  slices are shown to root only\n" };
         }
     }
     match out.is_empty() {

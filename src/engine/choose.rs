@@ -4,7 +4,7 @@
 use crate::config::Foreign;
 use crate::gpu::{Device, Instance, MigMode};
 use crate::lease::{Lease, Slice};
-use crate::placement::{self, Choice, Held, Reason, Room, Window};
+use crate::placement::{self, Choice, Held, Policy, Reason, Room, Window};
 use crate::profile;
 use crate::request::{GpuSelector, Request, Want};
 
@@ -147,7 +147,7 @@ impl Engine<'_> {
                 Room { device, occupied: slices.map(window).collect() }
             })
             .collect();
-        let policy = serde_json::from_value(self.settings.policy.clone().into()).unwrap_or_default();
+        let policy = Policy::named(&self.settings.policy).unwrap_or_default();
         let placed =
             placement::candidates(&rooms, wants).and_then(|candidates| placement::place(&rooms, &candidates, policy));
         match placed {
@@ -193,4 +193,16 @@ fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
 fn holder_of(held: &Held, leases: &[Lease]) -> String {
     let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
     leases.iter().find(here).map_or("not created by mig-hook".into(), Lease::held_by)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_policy_that_the_settings_accept_is_one() {
+        for name in crate::config::POLICIES {
+            assert_eq!(serde_json::to_value(Policy::named(name).unwrap()).unwrap(), name);
+        }
+    }
 }
