@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::config::Settings;
 use crate::first::index_name;
 use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
-use crate::host::{self, Host, HostError};
+use crate::host::{self, Host, HostError, PidFile};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
 use crate::request::{Request, Want};
 use crate::runtime;
@@ -395,7 +395,13 @@ impl<'a> Engine<'a> {
         if lease.state != State::Active || holder.init.is_some() {
             return false;
         }
-        let Some(process) = holder.pid_file.as_deref().and_then(host::process_in_pid_file) else { return false };
+        let Some(file) = written_pid_file(holder) else { return false };
+        let Some(process) = file.process else { return false };
+        let elsewhere = holder.cgroup.as_deref().is_some_and(|wanted| !host::is_in_cgroup(process.pid, wanted));
+        // In doubt it is taken for init: a slice that is kept too long is a smaller harm than one freed under a container.
+        if elsewhere && file.seems_reused {
+            return false;
+        }
         holder.init = Some(process);
         holder.cgroup = host::own_cgroup(process.pid).or(holder.cgroup.take());
         holder.mount_namespace = host::mount_namespace(std::process::id());
@@ -407,7 +413,7 @@ impl<'a> Engine<'a> {
         let init = match holder.init {
             Some(process) if host::alive(process) => Init::Alive,
             Some(_) => Init::Dead,
-            None if holder.container.is_some() && holder.pid_file.as_deref().is_some_and(Path::exists) => Init::Dead,
+            None if written_pid_file(holder).is_some() => Init::Dead,
             None => Init::Unknown,
         };
         // Looking through every process is for the few leases whose end depends on it.
@@ -590,6 +596,12 @@ impl<'a> Engine<'a> {
         let facts = self.facts(&lease);
         facts.init == Init::Dead && !facts.held
     }
+}
+
+/// The pid file that the runtime has written for this container; not one that lay there before.
+fn written_pid_file(holder: &Holder) -> Option<PidFile> {
+    let file = host::pid_file(holder.pid_file.as_deref()?)?;
+    (Some(&file.stamp) != holder.pid_file_before.as_ref()).then_some(file)
 }
 
 fn index_of(holder: &Holder) -> Option<String> {

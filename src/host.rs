@@ -187,18 +187,30 @@ pub fn alive(process_id: ProcessId) -> bool {
     process(process_id.pid) == Some(process_id)
 }
 
-/// The process that a pid file of ours names, if it is alive. The runtime writes the file when init exists already: a
-/// process that started after the file was written has only got the number again. 2 s are for a clock that is being set.
-pub fn process_in_pid_file(path: &Path) -> Option<ProcessId> {
+/// What a pid file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PidFile {
+    /// Inode and change time: another value after it was written again.
+    pub stamp: String,
+    /// The process that it names, if that is alive.
+    pub process: Option<ProcessId>,
+    /// Whether that process, by the clocks, started only after the file was written, and so has only got the number again.
+    /// Wrong after the clock was set: never enough by itself.
+    pub seems_reused: bool,
+}
+
+/// Reads a pid file that belongs to us; `None` where there is none.
+pub fn pid_file(path: &Path) -> Option<PidFile> {
     let meta = path.symlink_metadata().ok()?;
     if !meta.is_file() || meta.uid() != nix::unistd::geteuid().as_raw() {
         return None;
     }
-    let process = process(fs::read_to_string(path).ok()?.trim().parse().ok()?)?;
+    let process = fs::read_to_string(path).ok()?.trim().parse().ok().and_then(process);
     let age_ms = meta.modified().ok()?.elapsed().map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
     let written_ms = boot_ms().saturating_sub(age_ms);
     // Field 22 counts in USER_HZ, which is 100 on every Linux (proc_pid_stat(5), sysconf(_SC_CLK_TCK)).
-    (process.start * 10 <= written_ms + 2_000).then_some(process)
+    let seems_reused = process.is_some_and(|p| p.start * 10 > written_ms + 2_000);
+    Some(PidFile { stamp: format!("{}:{}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec()), process, seems_reused })
 }
 
 /// Parent of a process.
@@ -267,12 +279,15 @@ fn pids() -> Vec<u32> {
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Living processes in a cgroup, named whole or by the end of its path, or below it. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the
-/// cgroup file system is mounted for us.
+/// Whether a process is in a cgroup, named whole or by the end of its path, or below it.
+pub fn is_in_cgroup(pid: u32, wanted: &str) -> bool {
+    cgroup(pid).is_some_and(|c| c.ends_with(wanted) || c.contains(&format!("{wanted}/")))
+}
+
+/// Living processes in a cgroup. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the cgroup file
+/// system is mounted for us.
 pub fn processes_in(wanted: &str) -> Vec<u32> {
-    let below = format!("{wanted}/");
-    let inside = |pid: &u32| cgroup(*pid).is_some_and(|c| c.ends_with(wanted) || c.contains(&below));
-    pids().into_iter().filter(|pid| inside(pid) && process(*pid).is_some()).collect()
+    pids().into_iter().filter(|pid| is_in_cgroup(*pid, wanted) && process(*pid).is_some()).collect()
 }
 
 /// Processes that have a device with this major and one of these minors open.
@@ -358,22 +373,31 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_file_older_than_its_process_names_nobody() {
+    fn a_pid_file_names_a_living_process_and_tells_when_it_was_written_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
+        assert_eq!(pid_file(&path), None);
         fs::write(&path, std::process::id().to_string()).unwrap();
-        assert_eq!(process_in_pid_file(&path), process(std::process::id()));
+        let first = pid_file(&path).unwrap();
+        assert_eq!((first.process, first.seems_reused), (process(std::process::id()), false));
+        fs::write(dir.path().join("new"), "no pid").unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        let second = pid_file(&path).unwrap();
+        assert_eq!(second.process, None);
+        assert_ne!(first.stamp, second.stamp);
+    }
+
+    #[test]
+    fn a_process_younger_than_the_file_has_only_got_the_number_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        let mut young = std::process::Command::new("/bin/sleep").arg("5").spawn().unwrap();
+        fs::write(&path, young.id().to_string()).unwrap();
         let before = std::time::SystemTime::now() - std::time::Duration::from_millis(boot_ms() / 2);
         fs::File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
-        let young = std::process::Command::new("/bin/sleep").arg("5").spawn().unwrap();
-        fs::write(&path, young.id().to_string()).unwrap();
-        fs::File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
-        assert_eq!(process_in_pid_file(&path), None);
-        let mut young = young;
+        assert!(pid_file(&path).unwrap().seems_reused);
         young.kill().unwrap();
         young.wait().unwrap();
-        fs::write(&path, "no pid").unwrap();
-        assert_eq!(process_in_pid_file(&path), None);
     }
 
     #[test]

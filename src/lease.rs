@@ -83,6 +83,9 @@ pub struct Holder {
     pub runtime: Option<PathBuf>,
     /// Where the runtime will write the pid of init.
     pub pid_file: Option<PathBuf>,
+    /// Stamp of a file that lay there before, from another container: it says nothing about this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid_file_before: Option<String>,
     /// The process on whose behalf it was made.
     pub owner: Option<ProcessId>,
     /// The container's first process, once known.
@@ -164,6 +167,7 @@ impl Holder {
             runtime_root: None,
             runtime: None,
             pid_file: None,
+            pid_file_before: None,
             owner: None,
             init: None,
             cgroup: None,

@@ -17,6 +17,7 @@ use crate::first::{self, Plan, Verb};
 use crate::gpu::nvml::Nvml;
 use crate::handover::{self, Sigpipe};
 use crate::hook;
+use crate::host;
 use crate::lease::{Holder, Way};
 use crate::report::{self, Misused, Refused};
 use crate::request::{self, Request};
@@ -157,6 +158,7 @@ fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
     holder.runtime_root = plan.root.clone();
     holder.runtime = first::low_level_runtime(plan, settings.runtime.as_deref()).ok();
     holder.pid_file = plan.pid_file.as_ref().and_then(absolute);
+    holder.pid_file_before = holder.pid_file.as_deref().and_then(host::pid_file).map(|file| file.stamp);
     hook::describe(&mut holder, config);
     Ok(holder)
 }
@@ -220,7 +222,6 @@ fn release_after_delete(plan: &Plan, settings: &Settings, nvml: &Nvml, deleted: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host;
     use serde_json::json;
 
     fn plan(line: &str) -> Plan {

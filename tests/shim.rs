@@ -8,8 +8,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
-use common::{DEMO, Init, World, binaries, config, document, run, text};
+use common::{DEMO, Init, World, binaries, config, document, run, text, wait_for};
 use serde_json::{Value, json};
 
 fn profile(name: &str) -> Value {
@@ -841,4 +842,31 @@ fn an_option_of_ours_that_is_misspelt_is_refused_by_name() {
     let bundle = world.bundle("b", &config(json!({}), &[]));
     let output = create(&world, &["--mig-envv"], &bundle, "c1");
     assert_refused(&world, &output, 64, &["--mig-envv", "--mig-env, --mig-config and --mig-runtime"]);
+}
+
+/// A pid file that lies there from an earlier container says nothing about the one that is being created.
+#[test]
+fn an_old_pid_file_neither_frees_nor_keeps_the_slice() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let go = world.path("go");
+    let runtime = world.script("rt/slow", &format!("while [ ! -e {} ]; do sleep 0.02; done", go.display()));
+    world.settings(&format!("[runtime]\npath = \"{}\"", runtime.display()));
+    let mut dead = Command::new("/bin/true").spawn().unwrap();
+    dead.wait().unwrap();
+    for old in [dead.id(), std::process::id()] {
+        let pid_file = world.write("pid", &old.to_string());
+        let bundle = world.bundle("b", &config(profile("1g.10gb"), &[]));
+        let args = ["create", "--bundle", bundle.to_str().unwrap(), "--pid-file", pid_file.to_str().unwrap(), "c1"];
+        let mut creating = world.shim_command(&args).spawn().unwrap();
+        wait_for("the lease", Duration::from_secs(10), || world.leases().iter().any(|l| l["state"] == "active"));
+        let action = world.document(&["gc"])["actions"][0].clone();
+        assert_eq!(action["reason"], "its container is being created", "pid file of {old}: {action}");
+        assert_eq!(world.lease()["holder"]["init"], Value::Null, "pid file of {old}");
+        world.write("go", "");
+        assert!(creating.wait().unwrap().success());
+        // The runtime ended and wrote none: nothing was started.
+        assert_eq!(world.document(&["gc"])["actions"][0]["result"], "freed", "pid file of {old}");
+        world.assert_clean("after gc");
+        std::fs::remove_file(&go).unwrap();
+    }
 }
