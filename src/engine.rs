@@ -126,8 +126,7 @@ impl<'a> Engine<'a> {
     /// Opens the state; touches neither lock nor GPU.
     pub fn open(settings: &'a Settings, gpu: &'a dyn Gpu) -> Result<Engine<'a>, Failure> {
         let store = Store::open(&settings.state_dir)?;
-        let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
-        Ok(Engine { settings, store, host, gpu })
+        Ok(Engine { settings, store, host: host_of(settings), gpu })
     }
 
     /// Gives what `request` asks for to `holder`, all of it or nothing.
@@ -371,22 +370,18 @@ impl<'a> Engine<'a> {
                 self.store.put(lock, &lease.token, &lease)?;
             }
             let action = match verdict(&lease, self.facts(&lease)) {
-                Verdict::Keep(reason) => Some(action(&lease, "kept", reason)),
-                Verdict::Free(reason) => Some(self.free(lock, lease, reason)),
+                Verdict::Keep(reason) => action(&lease, "kept", reason),
+                Verdict::Free(reason) => self.free(lock, lease, reason),
                 Verdict::Orphan => self.orphan(lock, lease)?,
             };
-            actions.extend(action);
+            actions.push(action);
         }
         Ok(actions)
     }
 
     /// Every lease. Unreadable ones are an error: what we don't understand we leave alone, all of it.
     pub fn leases(&self) -> Result<Vec<Lease>, Failure> {
-        let mut leases = Vec::new();
-        for token in self.store.tokens()? {
-            leases.extend(self.store.get::<Lease>(&token, VERSION)?);
-        }
-        Ok(leases)
+        leases_in(&self.store)
     }
 
     /// A shim's lease learns its init from the pid file that the runtime wrote. True when it did.
@@ -436,7 +431,7 @@ impl<'a> Engine<'a> {
 
     /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The
     /// runtime must agree, and the bundle must be missing twice, a minute apart.
-    fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Option<Action>, Failure> {
+    fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Action, Failure> {
         let now = host::boot_ms();
         let holder = &mut lease.holder;
         let since = *holder.bundle_missing_boot_ms.get_or_insert(now);
@@ -445,21 +440,18 @@ impl<'a> Engine<'a> {
         let waited = now.saturating_sub(since) >= ORPHAN_WAIT_MS;
         let here = holder.mount_namespace == host::mount_namespace(std::process::id());
         let (Some(program), Some(id)) = (&holder.runtime, &holder.container) else {
-            return Ok(Some(action(&lease, "kept", "its bundle is gone, but which runtime started it is not known")));
+            return Ok(action(&lease, "kept", "its bundle is gone, but which runtime started it is not known"));
         };
         if !waited || !here {
-            return Ok(Some(action(
-                &lease,
-                "kept",
-                "its bundle is gone; it is looked at again in a minute, from its mount namespace",
-            )));
+            let later = "its bundle is gone; it is looked at again in a minute, from its mount namespace";
+            return Ok(action(&lease, "kept", later));
         }
         let root = holder.runtime_root.as_deref();
         match runtime::status(program, root, id).as_deref() {
             Some("created") if runtime::delete_force(program, root, id) => {
-                Ok(Some(self.free(lock, lease, "it was created and abandoned by its engine")))
+                Ok(self.free(lock, lease, "it was created and abandoned by its engine"))
             }
-            _ => Ok(Some(action(&lease, "kept", "its container is alive, though its bundle is gone"))),
+            _ => Ok(action(&lease, "kept", "its container is alive, though its bundle is gone")),
         }
     }
 
@@ -596,6 +588,20 @@ impl<'a> Engine<'a> {
         let facts = self.facts(&lease);
         facts.init == Init::Dead && !facts.held
     }
+}
+
+/// The leases of a store; those that vanish while it is read have ended.
+pub fn leases_in(store: &Store) -> Result<Vec<Lease>, Failure> {
+    let mut leases = Vec::new();
+    for token in store.tokens()? {
+        leases.extend(store.get::<Lease>(&token, VERSION)?);
+    }
+    Ok(leases)
+}
+
+/// The host with the driver's files where the settings say.
+pub fn host_of(settings: &Settings) -> Host {
+    Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root)
 }
 
 /// The pid file that the runtime has written for this container; not one that lay there before.

@@ -76,9 +76,9 @@ pub struct Plan {
 /// The verbs that concern us. Everything else passes untouched.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Verb {
-    /// `create` and `run`: the config may be edited.
+    /// `create`: the config may be edited.
     Create,
-    /// `run`: like create, but nothing is written to a pid file unless asked.
+    /// `run`: the same.
     Run,
     /// `restore`: reuses a config that may carry edits of ours.
     Restore,

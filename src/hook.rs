@@ -15,10 +15,10 @@ use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
-use crate::host::{self, Host, Majors};
+use crate::host::{self, Majors};
 use crate::lease::{Holder, Lease, Slice, Way};
 use crate::report::{self, Exit, Misused, Refused};
-use crate::request;
+use crate::request::{self, Request};
 
 /// A hook's command line.
 struct Call {
@@ -112,9 +112,7 @@ fn precreate(settings: &Settings) -> Result<()> {
     };
     let Some(request) = asked? else { return Ok(print(&bytes)?) };
     let mut value = config.certain(shown)?;
-    let prepared = prepare(settings, &mut value, None);
-    let majors =
-        prepared.inspect_err(|error| engine::audit_refusal(&holder, Some(&request), &report::sentence(error)))?;
+    let majors = prepare(settings, &mut value, &holder, &request)?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let lease = engine.acquire(&request, &holder)?;
@@ -126,14 +124,19 @@ fn precreate(settings: &Settings) -> Result<()> {
 
 /// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices. Before anything
 /// is acquired.
-pub(crate) fn prepare(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+pub(crate) fn prepare(settings: &Settings, config: &mut Value, holder: &Holder, request: &Request) -> Result<Majors> {
+    let prepared = strip_and_check(settings, config, holder.bundle.as_deref());
+    prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
+}
+
+fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
     if bundle::dev_is_link(config, bundle) {
         return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
     }
-    let majors = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root).majors()?;
+    let majors = engine::host_of(settings).majors()?;
     edits::strip(config, majors);
     match edits::open_rule(config, majors) {
         Some(why) if !settings.open_device_rules => Err(Refused(format!(
@@ -147,7 +150,7 @@ pub(crate) fn prepare(settings: &Settings, config: &mut Value, bundle: Option<&P
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
-    let host = Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root);
+    let host = engine::host_of(settings);
     let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
     let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
     let nodes = edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor));

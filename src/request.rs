@@ -519,6 +519,11 @@ mod tests {
     }
 
     #[test]
+    fn the_first_stage_looks_for_the_same_variables() {
+        assert_eq!(Key::ALL.map(Key::variable), crate::first::REQUEST_VARIABLES);
+    }
+
+    #[test]
     fn nothing_asked() {
         assert_eq!(annotations(&[]), Ok(None));
         assert_eq!(annotations(&[("io.podman.x", "1"), ("migrate", "yes"), ("mig.lease", "\u{7}")]), Ok(None));

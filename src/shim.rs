@@ -114,9 +114,7 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     {
         return Ok(None); // podman's hook was here before us and releases by the same token
     }
-    let prepared = hook::prepare(settings, &mut value, holder.bundle.as_deref());
-    let majors =
-        prepared.inspect_err(|error| engine::audit_refusal(&holder, Some(&request), &report::sentence(error)))?;
+    let majors = hook::prepare(settings, &mut value, &holder, &request)?;
     let lease = engine.acquire(&request, &holder)?;
     let token = lease.token.clone();
     let put = hook::edit(settings, &lease, majors, &mut value, holder.pid_file.is_none())

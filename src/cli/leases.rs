@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::Settings;
+use crate::engine::leases_in;
 use crate::host;
 use crate::lease::{Lease, short};
 use crate::report::Exit;
@@ -17,7 +18,7 @@ struct Leases {
 
 pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
     let leases = match Store::existing(&settings.state_dir) {
-        Some(store) => super::list::read_leases(&store)?,
+        Some(store) => leases_in(&store)?,
         None => vec![],
     };
     super::print(&Leases { leases }, json, text)?;

@@ -4,10 +4,11 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::Settings;
+use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{Device, Gpu, Instance, MigMode};
 use crate::host;
-use crate::lease::{Lease, State, VERSION, short};
+use crate::lease::{Lease, State, short};
 use crate::report::Exit;
 use crate::store::Store;
 
@@ -53,7 +54,7 @@ struct SliceRow {
 /// Lists. Without root there are GPUs to see, and no slices.
 pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
     let leases = match Store::existing(&settings.state_dir) {
-        Some(store) => read_leases(&store)?,
+        Some(store) => leases_in(&store)?,
         None => vec![],
     };
     let nvml = Nvml::at(&settings.nvml);
@@ -61,15 +62,6 @@ pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
     let privileged = nix::unistd::geteuid().is_root();
     super::print(&Listing { driver_version: nvml.driver_version()?, privileged, gpus }, json, text)?;
     Ok(Exit::Ok)
-}
-
-/// Leases as they stand; those that vanish while we read have ended.
-pub(super) fn read_leases(store: &Store) -> Result<Vec<Lease>> {
-    let mut leases = Vec::new();
-    for token in store.tokens()? {
-        leases.extend(store.get::<Lease>(&token, VERSION)?);
-    }
-    Ok(leases)
 }
 
 fn gpu_row(device: &Device, leases: &[Lease]) -> GpuRow {
