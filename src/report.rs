@@ -119,6 +119,8 @@ pub fn report_panics() {
 struct Lines {
     /// A person's command: log lines go to stderr.
     person: bool,
+    /// Log lines beyond it are left out; audit lines never are.
+    level: Level,
     /// journald's or syslogd's datagram socket.
     socket: PathBuf,
     /// `log.audit_file`.
@@ -129,9 +131,9 @@ struct Lines {
 /// go to the journal whatever the way in, and to `log.audit_file`.
 pub fn start_logging(settings: &Settings, person: bool) {
     let level = settings.level.parse().unwrap_or(Level::INFO);
-    let lines = Lines { person, socket: settings.log_socket.clone(), audit: settings.audit_file.clone() };
+    let lines = Lines { person, level, socket: settings.log_socket.clone(), audit: settings.audit_file.clone() };
     let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_max_level(level.max(Level::INFO)) // of audit lines
         .with_ansi(false)
         .event_format(Plain)
         .with_writer(lines)
@@ -181,6 +183,9 @@ struct Line<'a> {
 
 impl io::Write for Line<'_> {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        if !self.audit && self.level > self.lines.level {
+            return Ok(text.len());
+        }
         let line = String::from_utf8_lossy(text);
         match self.lines.person && !self.audit {
             true => eprint!("migctl: {line}"),

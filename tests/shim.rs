@@ -870,3 +870,26 @@ fn an_old_pid_file_neither_frees_nor_keeps_the_slice() {
         std::fs::remove_file(&go).unwrap();
     }
 }
+
+/// `log.level` is for log lines: who held what is written down at any level.
+#[test]
+fn audit_lines_do_not_depend_on_the_log_level() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let runtime = world.recording_runtime(0);
+    let settings = std::fs::read_to_string(world.config()).unwrap().replace("[log]\n", "[log]\nlevel = \"error\"\n");
+    assert!(settings.contains("level = ") && settings.contains(runtime.to_str().unwrap()), "{settings}");
+    std::fs::write(world.config(), settings).unwrap();
+    let journal = UnixDatagram::bind(world.path("log.sock")).unwrap();
+    journal.set_nonblocking(true).unwrap();
+    let (_bundle, init) = world.living("c1", &config(profile("1g.10gb"), &[]));
+    drop(init);
+    assert_eq!(code(&delete(&world, "c1")), 0);
+    let events: Vec<Value> = world.audit().iter().map(|line| line["event"].clone()).collect();
+    assert_eq!(events, ["grant", "release"]);
+    let mut buffer = [0; 65536];
+    let mut sent = 0;
+    while journal.recv(&mut buffer).is_ok() {
+        sent += 1;
+    }
+    assert_eq!(sent, 2, "and nothing but these at this level");
+}
