@@ -6,6 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "containers/containerd.rs"]
+mod containerd;
+#[path = "containers/cri.rs"]
+mod cri;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/docker.rs"]
@@ -14,6 +18,8 @@ mod docker;
 mod hostile;
 #[path = "containers/killed.rs"]
 mod killed;
+#[path = "containers/kubernetes.rs"]
+mod kubernetes;
 #[path = "containers/podman.rs"]
 mod podman;
 #[path = "containers/runtimes.rs"]
@@ -241,6 +247,20 @@ impl Site {
         }
         devices.into_iter().filter(|device| probe.nodes.values().all(|(own, _)| own != device)).collect()
     }
+
+    /// A container may open what it was given, and nothing else: `try_devices` makes a node for each device in it and
+    /// tries to open that.
+    fn assert_confined(&self, probe: &Probe, try_devices: impl Fn(&[String]) -> BTreeMap<String, String>) {
+        let own: Vec<String> = probe.nodes.values().map(|(device, _)| device.clone()).collect();
+        let others = self.others(probe);
+        let verdicts = try_devices(&[own.clone(), others.clone()].concat());
+        let expected: BTreeMap<String, String> = own
+            .into_iter()
+            .map(|d| (d, "allowed".into()))
+            .chain(others.into_iter().map(|d| (d, "denied".into())))
+            .collect();
+        assert_eq!(verdicts, expected);
+    }
 }
 
 fn instances_of(machine: &Value) -> impl Iterator<Item = (&Value, &Value)> {
@@ -331,15 +351,7 @@ impl Engine<'_> {
 
     /// The container may open what it was given, and nothing else.
     fn assert_confined(&self, id: &str, probe: &Probe) {
-        let own: Vec<String> = probe.nodes.values().map(|(device, _)| device.clone()).collect();
-        let others = self.site.others(probe);
-        let verdicts = self.try_devices(id, &[own.clone(), others.clone()].concat());
-        let expected: BTreeMap<String, String> = own
-            .into_iter()
-            .map(|d| (d, "allowed".into()))
-            .chain(others.into_iter().map(|d| (d, "denied".into())))
-            .collect();
-        assert_eq!(verdicts, expected);
+        self.site.assert_confined(probe, |devices| self.try_devices(id, devices));
     }
 
     /// A field of `inspect`.

@@ -1,11 +1,7 @@
-//! docker by runtime, and containerd by ctr.
+//! docker by runtime.
 
-use std::process::Command;
-
-use serde_json::json;
-
-use crate::common::{run, text, wait_for};
-use crate::{Probe, SOON, Site, kill, must, pids_of};
+use crate::common::{run, text};
+use crate::{Probe, Site, kill, must, pids_of};
 
 const BY_NAME: &[&str] = &["--mig-env"];
 
@@ -110,55 +106,4 @@ fn a_killed_containerd_shim_frees_its_slice() {
     kill(shims[0]);
     site.clean("after kill -9 of the containerd shim, without gc");
     docker.ok(&["rm", "-f", &id]);
-}
-
-/// ctr takes the path of a runtime and no options for it, hence the wrapper script; and no image is needed.
-struct Ctr<'a> {
-    site: &'a Site,
-    wrapper: String,
-}
-
-impl Ctr<'_> {
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(self.site.dir.join("bin/ctr"));
-        command.args(words);
-        command
-    }
-
-    fn run(&self, annotation: &str, options: &[&str], id: &str, words: &[&str]) -> Command {
-        let mut command = self.command(&["run", "--runc-binary", &self.wrapper, "--annotation", annotation]);
-        command.args(["--cgroup", &self.site.cgroup(id), "--null-io", "--env", "PATH=/bin", "--rootfs"]).args(options);
-        command.arg(self.site.dir.join("rootfs")).arg(id).args(words);
-        command
-    }
-}
-
-#[test]
-fn containerd_by_ctr() {
-    let Some(site) = Site::new(&["docker", "ctr"]) else { return };
-    let ctr = Ctr { site: &site, wrapper: site.wrapper("").display().to_string() };
-    let id = format!("ctr-{}", std::process::id());
-    let ask = "mig.profile=1g.10gb";
-    // The container's output goes to containerd's log fifo; what it saw is taken from a session in it.
-    must(&mut ctr.run(ask, &["-d"], &id, &["/bin/sleep", "600"]));
-    let lease = site.lease();
-    assert_eq!(lease["holder"]["container"], json!(id));
-    let seen = Probe::read(&must(&mut ctr.command(&["task", "exec", "--exec-id", "x", &id, "/bin/mig-probe"])));
-    site.assert_given(&seen, &["1g.10gb"]);
-    must(&mut ctr.command(&["task", "kill", "-s", "KILL", &id]));
-    wait_for("the end of the task", SOON, || {
-        must(&mut ctr.command(&["task", "ls"])).lines().any(|l| l.starts_with(&id) && l.contains("STOPPED"))
-    });
-    // A stopped task that nobody deletes: engines call nothing then, gc sees that its first process is dead.
-    assert_eq!(site.gc(), ["freed"]);
-    site.assert_clean("after gc");
-    must(&mut ctr.command(&["task", "delete", &id]));
-    must(&mut ctr.command(&["container", "delete", &id]));
-
-    let output = run(&mut ctr.run("mig.profile=3g.13gb", &["--rm"], &format!("{id}-bad"), &["/bin/true"]));
-    assert!(!output.status.success() && text(&output).contains("mig: "), "{}", text(&output));
-    assert!(text(&output).contains("3g.13gb") && text(&output).contains("1g.10gb"), "{}", text(&output));
-    must(&mut ctr.run(ask, &["--rm"], &format!("{id}-rm"), &["/bin/true"]));
-    site.clean("after ctr run --rm");
-    assert_eq!((site.audited("grant"), site.audited("release")), (2, 2));
 }
