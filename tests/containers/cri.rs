@@ -43,6 +43,7 @@ pub(crate) struct Task<'a> {
     pub(crate) env: &'a [(&'a str, &'a str)],
     /// How often the kubelet has started it before.
     pub(crate) attempt: u32,
+    pub(crate) privileged: bool,
 }
 
 impl Cri {
@@ -83,7 +84,14 @@ impl Cri {
     }
 
     /// Starts a pod's sandbox. An empty handler is the default one, as for a pod without a RuntimeClass.
-    pub(crate) fn pod(&self, name: &str, handler: &str, cgroup: &str, annotations: &[(&str, &str)]) -> Pod {
+    pub(crate) fn pod(
+        &self,
+        name: &str,
+        handler: &str,
+        cgroup: &str,
+        annotations: &[(&str, &str)],
+        privileged: bool,
+    ) -> Pod {
         let owned = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
         let config = PodSandboxConfig {
             metadata: Some(PodMetadata {
@@ -96,7 +104,7 @@ impl Cri {
             annotations: annotations.iter().map(owned).collect(),
             linux: Some(PodLinux {
                 cgroup_parent: cgroup.into(),
-                security: Some(PodSecurity { namespaces: Some(Namespaces { network: HOST_NETWORK }) }),
+                security: Some(PodSecurity { namespaces: Some(Namespaces { network: HOST_NETWORK }), privileged }),
             }),
         };
         let question = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
@@ -113,7 +121,10 @@ impl Cri {
             env: task.env.iter().map(variable).collect(),
             log_path: format!("{}-{}.log", task.name, task.attempt),
             linux: Some(ContainerLinux {
-                security: Some(ContainerSecurity { namespaces: Some(Namespaces { network: HOST_NETWORK }) }),
+                security: Some(ContainerSecurity {
+                    privileged: task.privileged,
+                    namespaces: Some(Namespaces { network: HOST_NETWORK }),
+                }),
             }),
         };
         let question =
@@ -241,6 +252,8 @@ struct PodLinux {
 struct PodSecurity {
     #[prost(message, optional, tag = "1")]
     namespaces: Option<Namespaces>,
+    #[prost(bool, tag = "6")]
+    privileged: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -299,6 +312,8 @@ struct ContainerLinux {
 
 #[derive(Clone, PartialEq, Message)]
 struct ContainerSecurity {
+    #[prost(bool, tag = "2")]
+    privileged: bool,
     #[prost(message, optional, tag = "3")]
     namespaces: Option<Namespaces>,
 }

@@ -75,7 +75,7 @@ impl<'a> Node<'a> {
     }
 
     fn pod(&self, name: &str, handler: &str, annotations: &[(&str, &str)]) -> Pod {
-        self.cri.pod(name, handler, &self.site.cgroup(name), annotations)
+        self.cri.pod(name, handler, &self.site.cgroup(name), annotations, false)
     }
 
     fn remove(&self, pod: &Pod) {
@@ -123,7 +123,8 @@ fn a_container_gets_what_its_pod_asks_for_and_the_sandbox_nothing() {
     let plain = node.pod("plain", "", ASK);
     let plain_id = node.cri.start(&plain, "c", 0);
     // A variable of the pod's may as well be the image's: it counts for nothing.
-    let task = Task { name: "e", command: &["/bin/sleep", "600"], env: &[("MIG_PROFILE", "1g.10gb")], attempt: 0 };
+    let task =
+        Task { name: "e", command: &["/bin/sleep", "600"], env: &[("MIG_PROFILE", "1g.10gb")], ..Task::default() };
     let env_id = node.cri.create(&quiet, &task);
     node.cri.verb("StartContainer", &env_id);
     for other in [&quiet_id, &plain_id, &env_id] {
@@ -207,7 +208,13 @@ fn a_refusal_is_in_the_kubelets_error() {
         site.assert_clean("after a refusal");
         node.remove(&pod);
     }
-    assert_eq!((site.audited("refusal"), site.audited("grant")), (3, 0));
+    let pod = node.cri.pod("privileged", "mig", &site.cgroup("privileged"), ASK, true);
+    let task = Task { name: "c", command: &["/bin/true"], privileged: true, ..Task::default() };
+    let error = node.cri.try_verb("StartContainer", &node.cri.create(&pod, &task)).unwrap_err();
+    assert!(error.contains("mig: ") && error.contains("other slices than its own"), "{error}");
+    site.assert_clean("after a refusal");
+    node.remove(&pod);
+    assert_eq!((site.audited("refusal"), site.audited("grant")), (4, 0));
 }
 
 #[test]
@@ -282,7 +289,7 @@ fn the_examples_of_the_documentation_parse() {
         assert_eq!(handler["pod_annotations"], handler["container_annotations"]);
         assert_eq!(handler["options"]["BinaryName"].as_str(), Some("/usr/bin/mig-runtime"));
     }
-    let config: toml::Table = documented("# /etc/crio/crio.conf.d/50-mig.conf").parse().unwrap();
+    let config: toml::Table = documented("# CRI-O: /etc/crio/crio.conf.d/50-mig-hook.conf").parse().unwrap();
     let handler = &config["crio"]["runtime"]["runtimes"]["mig"];
     assert_eq!(handler["runtime_path"].as_str(), Some("/usr/bin/mig-runtime"));
     for (line, key) in [("# crictl: pod.yaml", "annotations"), ("# crictl: container.yaml", "command")] {
