@@ -282,6 +282,26 @@ fn when_everything_above_the_container_is_killed_containerd_cleans_up_at_its_nex
 }
 
 #[test]
+fn a_create_killed_while_it_cuts_is_undone_by_gc() {
+    let Some(site) = site() else { return };
+    let mut containerd = Containerd::new(&site);
+    let id = unique("cut");
+    site.fault("nvmlGpuInstanceCreateComputeInstance*", &["--delay-ms", "1500"]);
+    let mut command = containerd.run(&[ASK], &["-d"], &id, &["/bin/sleep", "600"]);
+    let mut ctr = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("a GPU instance", SOON, || !site.instances().is_empty());
+    containerd.kill();
+    kill(shim_of(&id));
+    assert!(!ctr.wait().unwrap().success());
+    // The runtime dies with its containerd shim (go-runc sets a parent-death signal): half a slice is left.
+    wait_for("the end of the create", SOON, || pids_of(&["create", &id]).is_empty());
+    assert_eq!((site.leases().len(), site.instances().len()), (1, 1));
+    containerd.start_again();
+    assert_eq!(site.gc(), ["freed"]);
+    site.assert_clean("after gc");
+}
+
+#[test]
 fn one_id_in_two_namespaces_is_two_containers() {
     let Some(site) = site() else { return };
     let containerd = Containerd::new(&site);

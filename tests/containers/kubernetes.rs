@@ -63,7 +63,7 @@ impl<'a> Node<'a> {
         assert!(config.contains(&site.shown("mig-runtime")), "{config}");
         let containerd = Containerd::with(site, &format!("{config}\n{here}"));
         let archive = archive(site, image);
-        must(&mut containerd.ctr(&["--namespace", "k8s.io", "images", "import", "--snapshotter", "native", &archive]));
+        must(&mut containerd.ctr(&["--namespace", "k8s.io", "images", "import", "--no-unpack", &archive]));
         let cri = Cri { socket: containerd.socket(), image: image.to_owned() };
         let node = Node { site, containerd, cri };
         node.wait();
@@ -222,15 +222,21 @@ fn a_killed_shim_frees_the_slices_of_its_pod() {
     let Some(site) = site() else { return };
     let node = Node::new(&site);
     let pod = node.pod("shim", "mig", ASK);
-    let ids = [node.cri.start(&pod, "one", 0), node.cri.start(&pod, "two", 0)];
+    for name in ["one", "two"] {
+        node.cri.start(&pod, name, 0);
+    }
     assert_eq!(site.leases().len(), 2, "a slice for each container");
     // One shim, named after the sandbox, for the whole pod.
     kill(shim_of(&pod.id));
-    site.clean("after kill -9 of the containerd shim, without gc");
-    for id in ids {
-        node.cri.verb("RemoveContainer", &id);
+    if Containerd::major() > 1 {
+        // containerd 2 deletes the sandbox, whose end is the end of its PID namespace, but not the containers (2.1.9).
+        wait_for("what nobody calls delete for is freed by gc", SOON, || {
+            site.gc();
+            site.leases().is_empty()
+        });
     }
-    node.remove(&pod);
+    site.clean("after kill -9 of the containerd shim, before containerd 2 without gc");
+    wait_for("containerd notices", SOON, || node.cri.try_verb("RemovePodSandbox", &pod.id).is_ok());
 }
 
 #[test]
