@@ -1,8 +1,9 @@
 //! containerd by `ctr`, with a daemon of each test's own: some are killed and started again.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::json;
 
@@ -96,20 +97,16 @@ impl<'a> Containerd<'a> {
         Probe::read(&must(&mut self.ctr(&["task", "exec", "--exec-id", &unique("x"), id, "/bin/mig-probe"])))
     }
 
-    fn status(&self, id: &str) -> String {
+    /// The pid and the status of a task.
+    fn task(&self, id: &str) -> (u32, String) {
         let tasks = must(&mut self.ctr(&["task", "ls"]));
-        let task = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|words| words[0] == id);
-        task.map_or_else(|| "gone".to_owned(), |words| words[2].to_owned())
-    }
-
-    fn wait_stopped(&self, id: &str) {
-        wait_for("the end of the task", SOON, || self.status(id) == "STOPPED");
+        let mut tasks = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let task = tasks.find(|words| words[0] == id).unwrap_or_else(|| panic!("no task {id}"));
+        (task[1].parse().unwrap(), task[2].to_owned())
     }
 
     fn init(&self, id: &str) -> u32 {
-        let tasks = must(&mut self.ctr(&["task", "ls"]));
-        let task = tasks.lines().find(|line| line.split_whitespace().next() == Some(id)).unwrap();
-        task.split_whitespace().nth(1).unwrap().parse().unwrap()
+        self.task(id).0
     }
 
     fn remove(&self, id: &str) {
@@ -124,7 +121,7 @@ impl Drop for Containerd<'_> {
     }
 }
 
-fn daemon(dir: &std::path::Path) -> Child {
+fn daemon(dir: &Path) -> Child {
     let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
     let mut command = Command::new(installed("containerd"));
     command.arg("--config").arg(dir.join("config.toml")).stdin(Stdio::null());
@@ -133,12 +130,12 @@ fn daemon(dir: &std::path::Path) -> Child {
 
 /// Names that no other test of this run uses: containerds share the directory of runc's states.
 fn unique(name: &str) -> String {
-    static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    format!("{name}-{}-{}", std::process::id(), COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{name}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
 pub(crate) fn shim_of(id: &str) -> u32 {
-    let shims = pids_of(&["containerd-shim", &format!("-id {id}")]);
+    let shims = pids_of(&["containerd-shim", &format!("-id {id} ")]);
     assert_eq!(shims.len(), 1, "the shim of {id}");
     shims[0]
 }
@@ -201,7 +198,7 @@ fn every_end_gives_the_slice_back() {
         } else {
             must(&mut containerd.ctr(&["task", "kill", "--signal", "KILL", &id]));
         }
-        containerd.wait_stopped(&id);
+        wait_for("the end of the task", SOON, || containerd.task(&id).1 == "STOPPED");
         assert_eq!(site.leases().len(), 1, "held until the task is deleted, or gc comes");
         if kill_init {
             assert_eq!(site.gc(), ["freed"]);
