@@ -512,8 +512,8 @@ pub fn low_level_runtime(plan: &Plan, configured: Option<&Path>) -> Result<PathB
     })
 }
 
-/// An executable of that name which is not ourselves under another name.
-fn installed(name: &str) -> Option<PathBuf> {
+/// An executable of that name, where runtimes lie, which is not ourselves under another name.
+pub fn installed(name: &str) -> Option<PathBuf> {
     let ourselves = std::fs::metadata("/proc/self/exe").map(|m| (m.dev(), m.ino())).ok();
     RUNTIME_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| {
         path.metadata()
