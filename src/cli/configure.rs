@@ -129,13 +129,19 @@ enum Outcome {
     Absent,
 }
 
+enum Backup {
+    /// The file as it is now.
+    Make,
+    Leave,
+    Drop,
+}
+
 /// What is to become of the file.
 struct Plan {
     outcome: Outcome,
     /// `None`: no file.
     after: Option<String>,
-    /// The file as it is now becomes the backup.
-    keep: bool,
+    backup: Backup,
     notes: Vec<String>,
 }
 
@@ -149,10 +155,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let plan = plan.with_context(|| format!("{} is unchanged", target.path.display()))?;
     let changes = !matches!(plan.outcome, Outcome::Unchanged | Outcome::Absent);
     if changes && !args.dry_run {
-        match plan.outcome {
-            Outcome::Configured => target.write(plan.after.as_deref().unwrap_or_default(), plan.keep)?,
-            _ => target.restore(plan.after.as_deref())?,
-        }
+        target.carry_out(plan.after.as_deref(), &plan.backup)?;
     }
     let report = Report {
         engine: args.engine,
@@ -184,8 +187,8 @@ fn check(args: &Args) -> Result<()> {
 fn registration(settings: &Settings, args: &Args, target: &Target) -> Result<Plan> {
     let engine = args.engine;
     let (present, backup) = (target.text.as_deref(), target.backup_text.as_deref());
-    let found = present.map_or(Ok(None), |text| engine.find(text, &args.name)).map_err(Unusable)?;
-    let untouched = found.as_ref().is_some_and(|entry| engine.untouched(present, backup, entry));
+    let mut entries = engine.entries(present, &args.name).map_err(Unusable)?;
+    let untouched = !entries.is_empty() && engine.untouched(present, backup, &entries);
     let base = if untouched { backup } else { present };
 
     let shim = shim()?;
@@ -216,32 +219,50 @@ fn registration(settings: &Settings, args: &Args, target: &Target) -> Result<Pla
     if engine == Engine::Podman {
         podman_notes(&host, target, &mut notes)?;
     }
-    if found.as_ref() == Some(&wanted) {
-        return Ok(Plan { outcome: Outcome::Unchanged, after: target.text.clone(), keep: false, notes });
+    let make = match untouched {
+        true => Backup::Leave,
+        false if present.is_none() => Backup::Drop, // of a file that is gone
+        false if entries.is_empty() || backup.is_none() => Backup::Make,
+        false => Backup::Leave,
+    };
+    if entries.contains(&wanted) {
+        return Ok(Plan { outcome: Outcome::Unchanged, after: target.text.clone(), backup: Backup::Leave, notes });
     }
-    let after = engine.apply(base, &wanted).map_err(Unusable)?;
+    if engine == Engine::Docker && wanted.default {
+        entries.iter_mut().for_each(|entry| entry.default = false); // there is only one
+    }
+    match entries.iter_mut().find(|entry| entry.name == wanted.name) {
+        Some(entry) => *entry = wanted.clone(),
+        None => entries.push(wanted.clone()),
+    }
+    let others = |entry: &Entry| untouched || entry.name == wanted.name;
+    let after = engine.apply_all(base, entries.into_iter().filter(others)).map_err(Unusable)?;
     if engine.find(&after, &args.name).ok().flatten().as_ref() != Some(&wanted) {
         bail!("a mistake in mig-hook: what it would write can't be read back:\n{after}");
     }
-    // A file that is wholly ours, or that has its backup already, needs none.
-    let keep = present.is_some() && !untouched && (found.is_none() || backup.is_none());
-    Ok(Plan { outcome: Outcome::Configured, after: Some(after), keep, notes })
+    Ok(Plan { outcome: Outcome::Configured, after: Some(after), backup: make, notes })
 }
 
 fn removal(args: &Args, target: &Target) -> Result<Plan> {
-    let (engine, backup) = (args.engine, target.backup_text.as_deref());
-    let nothing = |notes| Plan { outcome: Outcome::Absent, after: target.text.clone(), keep: false, notes };
-    let Some(present) = target.text.as_deref() else { return Ok(nothing(vec![])) };
-    let Some(entry) = engine.find(present, &args.name).map_err(Unusable)? else {
+    let (engine, present, backup) = (args.engine, target.text.as_deref(), target.backup_text.as_deref());
+    let entries = engine.entries(present, &args.name).map_err(Unusable)?;
+    let others: Vec<Entry> = entries.iter().filter(|entry| entry.name != args.name).cloned().collect();
+    let (Some(text), true) = (present, others.len() < entries.len()) else {
         let left = format!("{} is left from before; delete it if it is not needed", target.backup.display());
-        return Ok(nothing(backup.map(|_| left).into_iter().collect()));
+        let notes = backup.filter(|_| entries.is_empty()).map(|_| left).into_iter().collect();
+        return Ok(Plan { outcome: Outcome::Absent, after: target.text.clone(), backup: Backup::Leave, notes });
     };
-    if engine.untouched(Some(present), backup, &entry) {
-        return Ok(Plan { outcome: Outcome::Restored, after: target.backup_text.clone(), keep: false, notes: vec![] });
+    let last = if others.is_empty() { Backup::Drop } else { Backup::Leave };
+    if !engine.untouched(present, backup, &entries) {
+        let after = engine.remove(text, &args.name, backup).map_err(Unusable)?;
+        let note = "the file is not as migctl left it: only what mig-hook needs was taken out, the rest stays";
+        return Ok(Plan { outcome: Outcome::Removed, after: Some(after), backup: last, notes: vec![note.into()] });
     }
-    let after = engine.remove(present, &args.name, backup).map_err(Unusable)?;
-    let note = "the file is not as migctl left it: only what mig-hook needs was taken out, the rest stays".to_owned();
-    Ok(Plan { outcome: Outcome::Removed, after: Some(after), keep: false, notes: vec![note] })
+    if others.is_empty() {
+        return Ok(Plan { outcome: Outcome::Restored, after: target.backup_text.clone(), backup: last, notes: vec![] });
+    }
+    let after = engine.apply_all(backup, others).map_err(Unusable)?;
+    Ok(Plan { outcome: Outcome::Removed, after: Some(after), backup: last, notes: vec![] })
 }
 
 impl Engine {
@@ -296,10 +317,35 @@ impl Engine {
         }
     }
 
-    /// Whether the file is what this entry makes of the backup (or of no file), which knew no entry of ours.
-    fn untouched(self, present: Option<&str>, backup: Option<&str>, entry: &Entry) -> bool {
-        let unknown = backup.is_none_or(|text| self.find(text, &entry.name) == Ok(None));
-        unknown && self.apply(backup, entry).ok().as_deref() == present
+    /// Every entry of ours, in the order of the file; one of that name must not be another's.
+    fn entries(self, text: Option<&str>, name: &str) -> Result<Vec<Entry>, String> {
+        let Some(text) = text else { return Ok(vec![]) };
+        let mut names = match self {
+            Engine::Docker => docker::names(text),
+            Engine::Podman => podman::names(text),
+            Engine::Containerd => containerd::names(text),
+            Engine::Crio => crio::names(text),
+        }?;
+        if !names.iter().any(|known| known == name) {
+            names.push(name.to_owned());
+        }
+        let found = names.iter().map(|name| self.find(text, name)).collect::<Result<Vec<_>, _>>()?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    fn apply_all(self, text: Option<&str>, entries: impl IntoIterator<Item = Entry>) -> Result<String, String> {
+        let mut text = text.map(str::to_owned);
+        for entry in entries {
+            text = Some(self.apply(text.as_deref(), &entry)?);
+        }
+        Ok(text.unwrap_or_default())
+    }
+
+    /// Whether the file is what these entries make of the backup (or of no file), which knew no entry of ours.
+    fn untouched(self, present: Option<&str>, backup: Option<&str>, entries: &[Entry]) -> bool {
+        let before = entries.iter().map(|entry| self.entries(backup, &entry.name));
+        let unknown = before.into_iter().all(|found| found == Ok(vec![]));
+        unknown && self.apply_all(backup, entries.iter().cloned()).ok().as_deref() == present
     }
 
     fn reload(self, before: Option<&str>, after: Option<&str>) -> Option<String> {
@@ -477,12 +523,16 @@ mod tests {
         let shown = format!("{engine:?}\n{}\n-- after --\n{after}", original.unwrap_or("(none)"));
         assert_eq!(engine.find(&after, "mig").unwrap().as_ref(), Some(&entry), "{shown}");
         assert_eq!(engine.apply(Some(&after), &entry).unwrap(), after, "twice is once: {shown}");
-        assert!(engine.untouched(Some(&after), original, &entry), "{shown}");
+        assert!(engine.untouched(Some(&after), original, std::slice::from_ref(&entry)), "{shown}");
 
-        // A second name goes in and out beside it.
+        // A second name beside it.
         let second = wanted(engine, Some(&after), "second");
         let both = engine.apply(Some(&after), &second).unwrap();
-        assert!(engine.find(&both, "mig").unwrap().is_some(), "{shown}");
+        let entries = engine.entries(Some(&both), "mig").unwrap();
+        assert_eq!(entries.len(), 2, "{both}\n{shown}");
+        assert!(engine.untouched(Some(&both), original, &entries), "{both}\n{shown}");
+        let one = engine.remove(&both, "second", original).unwrap();
+        assert_eq!(engine.entries(Some(&one), "mig").unwrap(), [entry], "{both}\n{shown}");
 
         let mut before = meaning(engine, original);
         let mut left = meaning(engine, Some(&engine.remove(&after, "mig", original).unwrap()));

@@ -43,7 +43,7 @@ pub(super) fn wanted(base: Option<&str>, host: &Host, notes: &mut Vec<String>) -
         notes
             .push("files named by imports are not looked into: if SystemdCgroup is set there, set it here, too".into());
     }
-    let handlers = tables::lookup(&doc, &path).and_then(|c| c.get("runtimes")).and_then(Item::as_table_like);
+    let handlers = handlers(&doc)?;
     let default = is_spelled_out(handlers) || !handlers.is_some_and(|h| h.iter().any(|(name, _)| name != host.name));
     Ok(Entry { name: host.name.into(), shim: host.shim.into(), keys, default, ..Entry::default() })
 }
@@ -77,10 +77,23 @@ fn values(table: Option<&dyn TableLike>, prefix: &str, but: &[&str]) -> Vec<(Str
     table.map_or_else(Vec::new, |table| table.iter().filter_map(plain).collect())
 }
 
+/// The handlers that are ours.
+pub(super) fn names(text: &str) -> Result<Vec<String>, String> {
+    let doc = tables::parse(&versioned(Some(text)))?;
+    let handlers = handlers(&doc)?.into_iter().flat_map(|handlers| handlers.iter());
+    let ours = handlers.filter(|(_, h)| h.as_table_like().and_then(binary).is_some_and(is_shim));
+    Ok(ours.map(|(name, _)| name.to_owned()).collect())
+}
+
+fn handlers(doc: &DocumentMut) -> Result<Option<&dyn TableLike>, String> {
+    let mut path = containerd(doc)?;
+    path.push("runtimes");
+    Ok(tables::lookup(doc, &path))
+}
+
 pub(super) fn find(text: &str, name: &str) -> Result<Option<Entry>, String> {
     let doc = tables::parse(&versioned(Some(text)))?;
-    let path = containerd(&doc)?;
-    let runtimes = tables::lookup(&doc, &path).and_then(|c| c.get("runtimes")).and_then(Item::as_table_like);
+    let runtimes = handlers(&doc)?;
     let Some(handler) = runtimes.and_then(|r| r.get(name)).and_then(Item::as_table_like) else { return Ok(None) };
     let shim = binary(handler).unwrap_or_default();
     if !is_shim(shim) {

@@ -46,6 +46,14 @@ fn values(table: Option<&dyn TableLike>, but: &[&str]) -> Vec<(String, String)> 
     table.map_or_else(Vec::new, |table| table.iter().filter_map(plain).collect())
 }
 
+/// The handlers that are ours.
+pub(super) fn names(text: &str) -> Result<Vec<String>, String> {
+    let doc = tables::parse(text)?;
+    let handlers = tables::lookup(&doc, &RUNTIMES).into_iter().flat_map(|handlers| handlers.iter());
+    let path = |item: &Item| string(item.as_table_like()?, "runtime_path").map(is_shim);
+    Ok(handlers.filter(|(_, handler)| path(handler) == Some(true)).map(|(name, _)| name.to_owned()).collect())
+}
+
 pub(super) fn find(text: &str, name: &str) -> Result<Option<Entry>, String> {
     let doc = tables::parse(text)?;
     let handler = tables::lookup(&doc, &RUNTIMES).and_then(|r| r.get(name)).and_then(Item::as_table_like);

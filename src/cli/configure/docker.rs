@@ -53,6 +53,14 @@ fn chained<'a>(settings: &'a Value, name: &str) -> Result<Option<&'a str>, Strin
     }
 }
 
+/// The runtimes that are ours.
+pub(super) fn names(text: &str) -> Result<Vec<String>, String> {
+    let settings = read(text)?;
+    let runtimes = settings["runtimes"].as_object().into_iter().flatten();
+    let ours = runtimes.filter(|(_, entry)| entry["path"].as_str().is_some_and(is_shim));
+    Ok(ours.map(|(name, _)| name.clone()).collect())
+}
+
 pub(super) fn find(text: &str, name: &str) -> Result<Option<Entry>, String> {
     let settings = read(text)?;
     let entry = &settings["runtimes"][name];

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
+use super::Backup;
 use crate::report::Unusable;
 
 /// An engine's configuration file and our backup of it.
@@ -32,30 +33,28 @@ impl Target {
         Ok(Target { text: read(&path)?, backup_text: read(&backup)?, path, backup })
     }
 
-    /// Writes the file; `keep`: what it is now goes into the backup first. A backup of a file that is gone is dropped.
-    pub fn write(&self, text: &str, keep: bool) -> Result<()> {
-        match &self.text {
-            Some(before) if keep => replace(&self.backup, before, &self.path)?,
-            None if self.backup_text.is_some() => delete(&self.backup)?,
-            _ => {}
+    /// Writes the file, or deletes it; the backup first where one is made, last where it is dropped.
+    pub fn carry_out(&self, text: Option<&str>, backup: &Backup) -> Result<()> {
+        if let (Backup::Make, Some(before)) = (backup, &self.text) {
+            replace(&self.backup, before, &self.path)?;
         }
-        let dir = self.path.parent().unwrap_or(Path::new("/"));
-        match std::fs::create_dir(dir) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                Err(error).with_context(|| format!("cannot make {}; is the engine installed?", dir.display()))?;
-            }
-            _ => {}
-        }
-        replace(&self.path, text, &self.path)
-    }
-
-    /// Writes the file, or deletes it, and deletes the backup.
-    pub fn restore(&self, text: Option<&str>) -> Result<()> {
         match text {
-            Some(text) => replace(&self.path, text, &self.path)?,
+            Some(text) => {
+                let dir = self.path.parent().unwrap_or(Path::new("/"));
+                if let Err(error) = std::fs::create_dir(dir)
+                    && error.kind() != io::ErrorKind::AlreadyExists
+                {
+                    return Err(error)
+                        .with_context(|| format!("cannot make {}; is the engine installed?", dir.display()));
+                }
+                replace(&self.path, text, &self.path)?;
+            }
             None => delete(&self.path)?,
         }
-        if self.backup_text.is_some() { delete(&self.backup) } else { Ok(()) }
+        match (backup, &self.backup_text) {
+            (Backup::Drop, Some(_)) => delete(&self.backup),
+            _ => Ok(()),
+        }
     }
 
     /// What is read before this file, in order: `first` (files, and directories of `*.conf`), and where it lies in a

@@ -36,6 +36,15 @@ fn in_effect(before: Vec<String>, text: &str) -> Result<Vec<String>, String> {
     Ok(if appends { before } else { vec![] }.into_iter().chain(tables::strings(Some(list))).collect())
 }
 
+/// The runtimes that are ours.
+pub(super) fn names(text: &str) -> Result<Vec<String>, String> {
+    let doc = tables::parse(text)?;
+    let runtimes = tables::lookup(&doc, &["engine", "runtimes"]).into_iter().flat_map(|runtimes| runtimes.iter());
+    let ours = runtimes.filter(|(_, paths)| tables::strings(Some(paths)).first().is_some_and(|path| is_shim(path)));
+    Ok(ours.map(|(name, _)| name.to_owned()).collect())
+}
+
+/// The hooks belong to every runtime of ours; where there is none, to the name that is asked for.
 pub(super) fn find(text: &str, name: &str) -> Result<Option<Entry>, String> {
     let doc = tables::parse(text)?;
     let engine = tables::lookup(&doc, &["engine"]);
@@ -45,7 +54,7 @@ pub(super) fn find(text: &str, name: &str) -> Result<Option<Entry>, String> {
         return Err(format!("the runtime {name} is another's ({shim:?}); choose a name of your own with --name"));
     }
     let mut hooks = tables::strings(engine.and_then(|engine| engine.get("hooks_dir")));
-    if !hooks.iter().any(|dir| is_ours(dir)) {
+    if !hooks.iter().any(|dir| is_ours(dir)) || (runtime.is_none() && !names(text)?.is_empty()) {
         hooks.clear();
     }
     let entry = Entry { name: name.into(), shim, hooks, ..Entry::default() };
@@ -79,6 +88,9 @@ pub(super) fn remove(text: &str, name: &str, original: Option<&str>) -> Result<S
     let had = tables::lookup(&original, &["engine"]).is_some_and(|engine| engine.contains_key("hooks_dir"));
     tables::edit(text, |doc| {
         tables::take(doc, &["engine", "runtimes"], name);
+        if names(text)?.iter().any(|other| other != name) {
+            return Ok(());
+        }
         let list = tables::make(doc, &["engine"])?.get_mut("hooks_dir").and_then(Item::as_array_mut);
         if let Some(list) = list {
             list.retain(|dir| !dir.as_str().is_some_and(is_ours));
