@@ -203,9 +203,18 @@ fn an_entry_made_by_hand_is_taken_over_and_out() {
     let path = dir.write("daemon.json", by_hand);
     assert_eq!(document("docker", &path, &[])["outcome"], "configured");
     assert_eq!(read(&dir.path("daemon.json.mig-hook.bak")), by_hand);
+    // Beside another of migctl's it counts as part of the file.
+    let args = ["--name", "other"];
+    document("docker", &path, &args);
+    assert_eq!(document("docker", &path, &[])["outcome"], "unchanged");
+    assert_eq!(document("docker", &path, &[&["--remove"][..], &args].concat())["outcome"], "removed");
     // The file as it was had an entry of ours: putting it back would remove nothing.
     assert_eq!(document("docker", &path, &["--remove"])["outcome"], "removed");
     assert_eq!((common::document(&path), dir.files()), (json!({"runtimes": {}}), vec!["daemon.json".to_owned()]));
+    std::fs::write(&path, by_hand).unwrap();
+    document("docker", &path, &args);
+    assert_eq!(document("docker", &path, &[&["--remove"][..], &args].concat())["outcome"], "restored");
+    assert_eq!((read(&path).as_str(), dir.files().len()), (by_hand, 1));
 }
 
 #[test]

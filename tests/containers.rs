@@ -10,6 +10,8 @@ mod common;
 mod containerd;
 #[path = "containers/cri.rs"]
 mod cri;
+#[path = "containers/configured.rs"]
+mod configured;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/docker.rs"]
@@ -59,6 +61,9 @@ static WORLD: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     command.args(["isolate", "bash", "-c", up, ENGINES]).args(std::env::args_os());
     Err(format!("cannot start again in the engines' world: {}", command.exec()))
 });
+
+/// Held while daemon.json is changed: how many runtimes were added to it.
+static DAEMON: Mutex<u32> = Mutex::new(0);
 
 /// A simulated machine of its own, settings, state, and the engines to run containers with.
 struct Site {
@@ -133,7 +138,6 @@ impl Site {
 
     /// docker with our shim, with these options, as a runtime that is chosen for each container that asks.
     fn docker(&self, options: &[&str]) -> Engine<'_> {
-        static DAEMON: Mutex<u32> = Mutex::new(0);
         let mut count = DAEMON.lock().unwrap();
         *count += 1;
         let name = format!("mig{count}");

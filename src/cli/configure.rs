@@ -183,14 +183,70 @@ fn check(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The entries of ours in a file, and what is known of how they came there.
+struct Known {
+    present: Vec<Entry>,
+    /// The one of this name was there before migctl came: made by hand.
+    by_hand: bool,
+    /// Those that are not in the backup: migctl's.
+    ours: Vec<Entry>,
+    /// The file is what `ours` makes of the backup, or of no file where there is no backup.
+    untouched: bool,
+}
+
+impl Known {
+    fn of(engine: Engine, target: &Target, name: &str) -> Result<Known, String> {
+        let (text, backup) = (target.text.as_deref(), target.backup_text.as_deref());
+        let present = engine.entries(text, name)?;
+        let before = engine.entries(backup, name).unwrap_or_default();
+        let ours: Vec<Entry> = present.iter().filter(|entry| !before.contains(entry)).cloned().collect();
+        let untouched = !ours.is_empty() && engine.apply_all(backup, &ours).ok().as_deref() == text;
+        Ok(Known { present, by_hand: before.iter().any(|entry| entry.name == name), ours, untouched })
+    }
+}
+
 /// Puts our entry in. Where the file is as we left it, the entry is made anew from the file as it was before us.
 fn registration(settings: &Settings, args: &Args, target: &Target) -> Result<Plan> {
     let engine = args.engine;
-    let (present, backup) = (target.text.as_deref(), target.backup_text.as_deref());
-    let mut entries = engine.entries(present, &args.name).map_err(Unusable)?;
-    let untouched = !entries.is_empty() && engine.untouched(present, backup, &entries);
-    let base = if untouched { backup } else { present };
+    let Known { present, mut ours, untouched, .. } = Known::of(engine, target, &args.name).map_err(Unusable)?;
+    let base = if untouched { target.backup_text.as_deref() } else { target.text.as_deref() };
+    let mut notes = Vec::new();
+    let wanted = wanted(settings, args, target, base, &mut notes)?;
+    if present.contains(&wanted) {
+        return Ok(Plan { outcome: Outcome::Unchanged, after: target.text.clone(), backup: Backup::Leave, notes });
+    }
+    let backup = match untouched {
+        true => Backup::Leave,
+        false if target.text.is_none() => Backup::Drop, // of a file that is gone
+        false if ours.is_empty() || target.backup_text.is_none() => Backup::Make,
+        false => Backup::Leave,
+    };
+    if !untouched {
+        ours.clear(); // they are in the text already
+    }
+    if engine == Engine::Docker && wanted.default {
+        ours.iter_mut().for_each(|entry| entry.default = false); // there is only one
+    }
+    match ours.iter_mut().find(|entry| entry.name == wanted.name) {
+        Some(entry) => *entry = wanted.clone(),
+        None => ours.push(wanted.clone()),
+    }
+    let after = engine.apply_all(base, &ours).map_err(Unusable)?;
+    if engine.find(&after, &args.name).ok().flatten().as_ref() != Some(&wanted) {
+        bail!("a mistake in mig-hook: what it would write can't be read back:\n{after}");
+    }
+    Ok(Plan { outcome: Outcome::Configured, after: Some(after), backup, notes })
+}
 
+/// What the entry must say on this host.
+fn wanted(
+    settings: &Settings,
+    args: &Args,
+    target: &Target,
+    base: Option<&str>,
+    notes: &mut Vec<String>,
+) -> Result<Entry> {
+    let engine = args.engine;
     let shim = shim()?;
     let hooks_dir = hooks_dir();
     let config = settings.file.as_deref().filter(|file| *file != Path::new(first::SETTINGS)).map(utf8).transpose()?;
@@ -204,65 +260,48 @@ fn registration(settings: &Settings, args: &Args, target: &Target) -> Result<Pla
         low_level: &|given| low_level(given, settings, &shim),
         runtime: args.runtime.as_deref(),
     };
-    let mut notes = Vec::new();
-    let wanted = match engine {
-        Engine::Docker => docker::wanted(base, &host, &mut notes)?,
-        engine => {
-            let low_level = only_by_settings(engine, settings, &host, &mut notes)?;
-            match engine {
-                Engine::Podman => podman::wanted(base, &host).map_err(Unusable)?,
-                Engine::Containerd => containerd::wanted(base, &host, &mut notes).map_err(Unusable)?,
-                _ => crio::wanted(&host, &low_level).map_err(Unusable)?,
-            }
-        }
-    };
+    if engine == Engine::Docker {
+        return docker::wanted(base, &host, notes);
+    }
+    let low_level = only_by_settings(engine, settings, &host, notes)?;
     if engine == Engine::Podman {
-        podman_notes(&host, target, &mut notes)?;
+        podman_notes(&host, target, notes)?;
     }
-    let make = match untouched {
-        true => Backup::Leave,
-        false if present.is_none() => Backup::Drop, // of a file that is gone
-        false if entries.is_empty() || backup.is_none() => Backup::Make,
-        false => Backup::Leave,
+    let entry = match engine {
+        Engine::Podman => podman::wanted(base, &host),
+        Engine::Containerd => containerd::wanted(base, &host, notes),
+        _ => crio::wanted(&host, &low_level),
     };
-    if entries.contains(&wanted) {
-        return Ok(Plan { outcome: Outcome::Unchanged, after: target.text.clone(), backup: Backup::Leave, notes });
-    }
-    if engine == Engine::Docker && wanted.default {
-        entries.iter_mut().for_each(|entry| entry.default = false); // there is only one
-    }
-    match entries.iter_mut().find(|entry| entry.name == wanted.name) {
-        Some(entry) => *entry = wanted.clone(),
-        None => entries.push(wanted.clone()),
-    }
-    let others = |entry: &Entry| untouched || entry.name == wanted.name;
-    let after = engine.apply_all(base, entries.into_iter().filter(others)).map_err(Unusable)?;
-    if engine.find(&after, &args.name).ok().flatten().as_ref() != Some(&wanted) {
-        bail!("a mistake in mig-hook: what it would write can't be read back:\n{after}");
-    }
-    Ok(Plan { outcome: Outcome::Configured, after: Some(after), backup: make, notes })
+    Ok(entry.map_err(Unusable)?)
 }
 
 fn removal(args: &Args, target: &Target) -> Result<Plan> {
-    let (engine, present, backup) = (args.engine, target.text.as_deref(), target.backup_text.as_deref());
-    let entries = engine.entries(present, &args.name).map_err(Unusable)?;
-    let others: Vec<Entry> = entries.iter().filter(|entry| entry.name != args.name).cloned().collect();
-    let (Some(text), true) = (present, others.len() < entries.len()) else {
-        let left = format!("{} is left from before; delete it if it is not needed", target.backup.display());
-        let notes = backup.filter(|_| entries.is_empty()).map(|_| left).into_iter().collect();
-        return Ok(Plan { outcome: Outcome::Absent, after: target.text.clone(), backup: Backup::Leave, notes });
+    let engine = args.engine;
+    let Known { present, by_hand, ours, untouched } = Known::of(engine, target, &args.name).map_err(Unusable)?;
+    let plan = |outcome, after, backup, note: Option<String>| Plan {
+        outcome,
+        after,
+        backup,
+        notes: note.into_iter().collect(),
     };
-    let last = if others.is_empty() { Backup::Drop } else { Backup::Leave };
-    if !engine.untouched(present, backup, &entries) {
-        let after = engine.remove(text, &args.name, backup).map_err(Unusable)?;
+    let (Some(text), true) = (&target.text, present.iter().any(|entry| entry.name == args.name)) else {
+        let left = format!("{} is left from before; delete it if it is not needed", target.backup.display());
+        let note = target.backup_text.as_ref().filter(|_| ours.is_empty()).map(|_| left);
+        return Ok(plan(Outcome::Absent, target.text.clone(), Backup::Leave, note));
+    };
+    let others: Vec<Entry> = ours.into_iter().filter(|entry| entry.name != args.name).collect();
+    let backup = if others.is_empty() { Backup::Drop } else { Backup::Leave };
+    let before = target.backup_text.as_deref();
+    if !untouched || by_hand {
+        let after = engine.remove(text, &args.name, before).map_err(Unusable)?;
         let note = "the file is not as migctl left it: only what mig-hook needs was taken out, the rest stays";
-        return Ok(Plan { outcome: Outcome::Removed, after: Some(after), backup: last, notes: vec![note.into()] });
+        return Ok(plan(Outcome::Removed, Some(after), backup, Some(note.into())));
     }
     if others.is_empty() {
-        return Ok(Plan { outcome: Outcome::Restored, after: target.backup_text.clone(), backup: last, notes: vec![] });
+        return Ok(plan(Outcome::Restored, target.backup_text.clone(), backup, None));
     }
-    let after = engine.apply_all(backup, others).map_err(Unusable)?;
-    Ok(Plan { outcome: Outcome::Removed, after: Some(after), backup: last, notes: vec![] })
+    let after = engine.apply_all(before, &others).map_err(Unusable)?;
+    Ok(plan(Outcome::Removed, Some(after), backup, None))
 }
 
 impl Engine {
@@ -333,24 +372,17 @@ impl Engine {
         Ok(found.into_iter().flatten().collect())
     }
 
-    fn apply_all(self, text: Option<&str>, entries: impl IntoIterator<Item = Entry>) -> Result<String, String> {
+    fn apply_all(self, text: Option<&str>, entries: &[Entry]) -> Result<String, String> {
         let mut text = text.map(str::to_owned);
         for entry in entries {
-            text = Some(self.apply(text.as_deref(), &entry)?);
+            text = Some(self.apply(text.as_deref(), entry)?);
         }
         Ok(text.unwrap_or_default())
     }
 
-    /// Whether the file is what these entries make of the backup (or of no file), which knew no entry of ours.
-    fn untouched(self, present: Option<&str>, backup: Option<&str>, entries: &[Entry]) -> bool {
-        let before = entries.iter().map(|entry| self.entries(backup, &entry.name));
-        let unknown = before.into_iter().all(|found| found == Ok(vec![]));
-        unknown && self.apply_all(backup, entries.iter().cloned()).ok().as_deref() == present
-    }
-
     fn reload(self, before: Option<&str>, after: Option<&str>) -> Option<String> {
         match self {
-            Engine::Docker if docker::forgets_on_reload(before, after) => Some("systemctl reload docker".into()),
+            Engine::Docker if docker::reload_is_enough(before, after) => Some("systemctl reload docker".into()),
             Engine::Docker => Some("systemctl restart docker".into()),
             Engine::Podman => None,
             Engine::Containerd => Some("systemctl restart containerd".into()),
@@ -523,14 +555,13 @@ mod tests {
         let shown = format!("{engine:?}\n{}\n-- after --\n{after}", original.unwrap_or("(none)"));
         assert_eq!(engine.find(&after, "mig").unwrap().as_ref(), Some(&entry), "{shown}");
         assert_eq!(engine.apply(Some(&after), &entry).unwrap(), after, "twice is once: {shown}");
-        assert!(engine.untouched(Some(&after), original, std::slice::from_ref(&entry)), "{shown}");
 
         // A second name beside it.
         let second = wanted(engine, Some(&after), "second");
         let both = engine.apply(Some(&after), &second).unwrap();
         let entries = engine.entries(Some(&both), "mig").unwrap();
         assert_eq!(entries.len(), 2, "{both}\n{shown}");
-        assert!(engine.untouched(Some(&both), original, &entries), "{both}\n{shown}");
+        assert_eq!(engine.apply_all(original, &entries).as_ref(), Ok(&both), "what is there says how it came: {shown}");
         let one = engine.remove(&both, "second", original).unwrap();
         assert_eq!(engine.entries(Some(&one), "mig").unwrap(), [entry], "{both}\n{shown}");
 
@@ -694,6 +725,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn any_daemon_json(text in daemon_json()) {
             holds(Engine::Docker, Some(&text));

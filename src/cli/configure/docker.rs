@@ -108,9 +108,9 @@ pub(super) fn remove(text: &str, name: &str, original: Option<&str>) -> Result<S
     Ok(root.to_string())
 }
 
-/// Whether a reload is enough. dockerd that is told to reload changes what the file names and keeps what it no longer
-/// does: without any `runtimes`, or without `default-runtime`, the old ones stay (20.10, 26).
-pub(super) fn forgets_on_reload(before: Option<&str>, after: Option<&str>) -> bool {
+/// dockerd that reloads changes what the file names and keeps what it no longer names: without any `runtimes`, or without
+/// `default-runtime`, the old ones stay; an old default that is no runtime any more makes it panic (20.10, run).
+pub(super) fn reload_is_enough(before: Option<&str>, after: Option<&str>) -> bool {
     let keys = |text: Option<&str>| read(text.unwrap_or_default()).unwrap_or_default();
     let (before, after) = (keys(before), keys(after));
     ["runtimes", "default-runtime"].iter().all(|key| before[key].is_null() || !after[key].is_null())
@@ -232,10 +232,10 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_reload_does_not_make_docker_forget() {
+    fn a_reload_makes_docker_forget_only_what_is_replaced() {
         let (ours, other) = (r#"{"runtimes": {"mig": {}}}"#, r#"{"runtimes": {"x": {}}}"#);
-        assert!(forgets_on_reload(None, Some(ours)) && forgets_on_reload(Some(ours), Some(other)));
-        assert!(!forgets_on_reload(Some(ours), None) && !forgets_on_reload(Some(ours), Some("{}")));
-        assert!(!forgets_on_reload(Some(r#"{"default-runtime": "mig"}"#), Some("{}")));
+        assert!(reload_is_enough(None, Some(ours)) && reload_is_enough(Some(ours), Some(other)));
+        assert!(!reload_is_enough(Some(ours), None) && !reload_is_enough(Some(ours), Some("{}")));
+        assert!(!reload_is_enough(Some(r#"{"default-runtime": "mig"}"#), Some("{}")));
     }
 }
