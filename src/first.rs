@@ -28,7 +28,7 @@ const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../
 pub const CONFIG_LIMIT: u64 = 16 << 20;
 /// Low-level runtimes in order of preference, and where they are looked for. Never `$PATH`: docker's begins with
 /// directories of its own.
-const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
+pub const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
 const RUNTIME_DIRS: [&str; 5] = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
 
 /// Options of our own, which stand before the runtime's and are not handed on.

@@ -22,9 +22,6 @@ mod tables;
 
 use file::Target;
 
-/// Names that the engines give to the runtimes themselves; another handler under one would replace it.
-const TAKEN: [&str; 3] = ["runc", "crun", "youki"];
-
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The engine to configure
@@ -176,7 +173,8 @@ fn check(args: &Args) -> Result<()> {
     if args.default && args.engine != Engine::Docker {
         bail!(Misused("--default is for docker only: other engines hand mig-runtime no options".into()));
     }
-    if !first::plain_name(&args.name) || TAKEN.contains(&args.name.as_str()) {
+    // Engines know the low-level runtimes by their own names; an entry of ours would replace one.
+    if !first::plain_name(&args.name) || first::RUNTIMES.contains(&args.name.as_str()) {
         let reason = format!("--name {:?} can't be used: a plain name that is no low-level runtime's own", args.name);
         bail!(Misused(reason));
     }

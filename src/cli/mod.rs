@@ -20,7 +20,7 @@ mod release;
 /// Version of every verb's `--json` document.
 const JSON_VERSION: u32 = 1;
 
-/// See and free the MIG slices that containers hold.
+/// See and free the MIG slices that containers hold, and make engines give them.
 #[derive(Debug, Parser)]
 #[command(name = "migctl", version, max_term_width = 100)]
 pub struct Args {

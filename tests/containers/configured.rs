@@ -95,17 +95,33 @@ impl Podman<'_> {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    fn podman(&self, global: &[&str], words: &[&str]) -> Output {
-        let (store, group) = (self.site.dir.join("podman").display().to_string(), self.site.cgroup(""));
-        let (root, runroot, tmp) = (format!("{store}/root"), format!("{store}/run"), format!("{store}/tmp"));
-        let args = ["--root", &root, "--runroot", &runroot, "--tmpdir", &tmp, "--storage-driver", "vfs"];
-        let run = ["run", "--rm", "--cgroup-parent", group.trim_end_matches('/')];
-        let ask = ["--annotation", "mig.profile=1g.10gb", IMAGE];
-        self.inside(&crate::installed("podman"), &[&args, global, &run, &ask, words].concat())
+    /// podman's command line as far as its verb.
+    fn line(&self) -> Vec<String> {
+        let store = |name: &str| self.site.dir.join("podman").join(name).display().to_string();
+        let program = crate::installed("podman").display().to_string();
+        let dirs = [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "tmp")];
+        let options = dirs.into_iter().flat_map(|(option, name)| [option.to_owned(), store(name)]);
+        [program].into_iter().chain(options).chain(["--storage-driver".into(), "vfs".into()]).collect()
     }
 
-    fn given(&self, global: &[&str], when: &str) {
-        let output = self.podman(global, &["mig-probe"]);
+    /// A shell script that sees that /etc; `podman` and `run` in it are podman and its `run` with a request.
+    fn script(&self, script: &str) -> Output {
+        let group = self.site.cgroup("");
+        let run = format!(
+            "podman() {{ {} \"$@\"; }}\n\
+             run() {{ podman $global run --cgroup-parent {} --annotation mig.profile=1g.10gb \"$@\"; }}\n{script}",
+            self.line().join(" "),
+            group.trim_end_matches('/')
+        );
+        self.inside(Path::new("/bin/sh"), &["-c", &run])
+    }
+
+    fn podman(&self, global: &str, command: &str) -> Output {
+        self.script(&format!("global='{global}'; run --rm {IMAGE} {command}"))
+    }
+
+    fn given(&self, global: &str, when: &str) {
+        let output = self.podman(global, "mig-probe");
         assert!(output.status.success(), "{when}: {}", text(&output));
         let seen = Probe::read(&text(&output));
         assert_eq!(seen.variable("MIG_DEVICE_PROFILES"), "1g.10gb", "{when}");
@@ -120,7 +136,7 @@ fn podman_reads_it_and_forgets_it() {
     let Some(site) = Site::new(&["podman"]) else { return };
     let podman = Podman::new(&site);
     let nothing = |when: &str| {
-        let output = podman.podman(&[], &["mig-probe"]);
+        let output = podman.podman("", "mig-probe");
         assert!(output.status.success() && Probe::read(&text(&output)).is_empty(), "{when}: {}", text(&output));
     };
     nothing("before");
@@ -128,18 +144,24 @@ fn podman_reads_it_and_forgets_it() {
     let done = podman.configure(&[]);
     assert_eq!(done["file"], "/etc/containers/containers.conf.d/50-mig-hook.conf");
     assert!(!done["notes"].to_string().contains("make install"), "the hook is there: {done:#}");
-    let text = std::fs::read_to_string(&drop_in).unwrap();
-    assert!(text.contains(podman.prefix.join("share/mig-hook/hooks.d/podman").to_str().unwrap()), "{text}");
-    podman.given(&[], "by the hook");
+    let written = std::fs::read_to_string(&drop_in).unwrap();
+    assert!(written.contains(podman.prefix.join("share/mig-hook/hooks.d/podman").to_str().unwrap()), "{written}");
+    podman.given("", "by the hook");
     // Hook and shim together: one lease.
-    podman.given(&["--runtime", "mig"], "by --runtime mig");
+    podman.given("--runtime mig", "by --runtime mig");
     assert_eq!((site.audited("grant"), site.audited("release")), (2, 2));
+    let session = format!(
+        "global='--runtime mig'; id=$(run -d {IMAGE} sleep 600) && podman exec $id mig-probe; podman rm -f -t 0 $id"
+    );
+    let seen = Probe::read(&text(&podman.script(&session)));
+    assert_eq!(seen.variable("MIG_DEVICE_PROFILES"), "1g.10gb", "podman exec by --runtime mig sees the variables");
+    site.clean("after rm -f");
     assert_eq!(podman.configure(&[])["outcome"], "unchanged");
     assert_eq!(podman.configure(&["--remove"])["outcome"], "restored");
     assert!(!drop_in.exists());
     nothing("after --remove");
-    let output = podman.podman(&["--runtime", "mig"], &["true"]);
-    assert!(!output.status.success(), "podman knows no such runtime any more: {}", crate::text(&output));
+    let output = podman.podman("--runtime mig", "true");
+    assert!(!output.status.success(), "podman knows no such runtime any more: {}", text(&output));
 }
 
 #[test]
@@ -153,7 +175,7 @@ fn a_hooks_directory_of_others_still_counts_for_podman() {
     let set = format!("[engine]\nhooks_dir = [\"{}\"]\n", site.path("others").display());
     site.write("etc/containers/containers.conf.d/10-others.conf", &set);
     podman.configure(&[]);
-    podman.given(&[], "beside another hook");
+    podman.given("", "beside another hook");
     assert_eq!(std::fs::read_to_string(seen).unwrap(), "hooked\n", "theirs ran, too");
 }
 
