@@ -318,7 +318,7 @@ fn a_user_may_look_and_not_touch() {
     assert!(shown.status.success() && text(&shown).contains("+    \"mig\""), "{}", text(&shown));
     let output = as_user(&[]);
     assert_eq!(output.status.code(), Some(77), "{}", text(&output));
-    assert!(text(&output).contains("daemon.json") && text(&output).contains("Permission denied"), "{}", text(&output));
+    assert!(text(&output).contains("daemon.json") && text(&output).contains("run this as root"), "{}", text(&output));
     assert_eq!((read(&path).as_str(), dir.files()), ("{}\n", vec!["daemon.json".to_owned()]));
 }
 

@@ -134,7 +134,9 @@ fn replace(path: &Path, text: &str, like: &Path) -> Result<()> {
     if result.is_err() {
         let _ = std::fs::remove_file(&temporary);
     }
-    result.with_context(|| format!("cannot write {}; it is as it was", path.display()))
+    let denied = result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
+    let hint = if denied { "; run this as root" } else { "" };
+    result.with_context(|| format!("cannot write {}, it is as it was{hint}", path.display()))
 }
 
 fn write_like(temporary: &Path, text: &str, like: &Path) -> io::Result<()> {
