@@ -57,6 +57,8 @@ pub struct Plan {
     pub log: Option<PathBuf>,
     /// `--log-format json`.
     pub log_json: bool,
+    /// crun's `--cgroup-manager disabled`.
+    pub no_cgroup: bool,
     /// What is to be done.
     pub verb: Verb,
     /// `--bundle`; the current directory without it.
@@ -177,6 +179,7 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
             ("root" | "r", Some(v)) => plan.root = Some(v.into()),
             ("log" | "l", Some(v)) => plan.log = Some(v.into()),
             ("log-format", Some(v)) => plan.log_json = v == "json",
+            ("cgroup-manager", Some(v)) => plan.no_cgroup = v == "disabled",
             _ => {}
         }
     }
