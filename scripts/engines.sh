@@ -12,8 +12,9 @@
 #
 # After `up`, $ENG_DIR holds
 #   rootfs/             busybox and `mig-probe` (see eng_probe); rootfs.tar is the same, imported as $ENG_IMAGE
-#   bin/podman          podman with every option set; ENG_HOOKS_DIR, ENG_RUNTIME (default runc) and ENG_STORE (a directory
-#                       for a store of its own, without the image) are read at each call
+#   bin/podman          podman with every option set; ENG_HOOKS_DIR, ENG_CONF (instead of podman/containers.conf), ENG_RUNTIME
+#                       (default runc) and ENG_STORE (a directory for a store of its own, without the image) are read at
+#                       each call
 #   bin/docker bin/ctr  clients of the private dockerd and its containerd; $ENG_DIR/daemon.json may be written before `up`
 #   logs/               what the daemons said
 #
@@ -155,6 +156,7 @@ eng_remove() {
     local dir
     eng_until 10 eng_no_cgroups "$(basename "$1")" || eng_say "left behind: cgroups called $(basename "$1")"
     while read -r dir; do
+        [[ $dir != */libpod_parent ]] || rmdir "$dir"/*/ 2>/dev/null || true
         rmdir "$dir" 2>/dev/null || true
     done < <(cat "$1/made" 2>/dev/null)
     if [[ ${ENG_KEEP:-} == 1 ]]; then
@@ -258,9 +260,13 @@ eng_pids_limit() {
 }
 
 eng_podman() {
-    local dir=$ENG_DIR/podman podman
+    local dir=$ENG_DIR/podman podman tree
     podman=$(PATH=${PATH#"$ENG_DIR/bin:"} command -v podman) || eng_die "no podman: run scripts/install-deps" || return
     mkdir -p "$dir/hooks.d" "$dir/cni"
+    # `kube play` can't be told another parent for its pods.
+    for tree in /sys/fs/cgroup /sys/fs/cgroup/*/; do
+        [[ -e $tree/libpod_parent ]] || echo "$tree/libpod_parent" >>"$ENG_DIR/made"
+    done
     cat >"$dir/containers.conf" <<CONF
 [containers]
 $(eng_ulimits)
@@ -274,6 +280,8 @@ network_config_dir = "$dir/cni"
 cgroup_manager = "cgroupfs"
 events_logger = "none"
 lock_type = "file"
+infra_image = "$ENG_IMAGE"
+hooks_dir = ["$dir/hooks.d"]
 CONF
     cat >"$dir/storage.conf" <<CONF
 [storage]
@@ -284,17 +292,22 @@ CONF
     cat >"$ENG_DIR/bin/podman" <<WRAPPER
 #!/bin/sh
 unset CONTAINER_HOST CONTAINER_CONNECTION CONTAINERS_CONF_OVERRIDE CONTAINERS_REGISTRIES_CONF STORAGE_DRIVER STORAGE_OPTS
-export CONTAINERS_CONF=$dir/containers.conf CONTAINERS_STORAGE_CONF=$dir/storage.conf
+export CONTAINERS_CONF="\${ENG_CONF:-$dir/containers.conf}" CONTAINERS_STORAGE_CONF=$dir/storage.conf
 export HOME=$ENG_DIR/home TMPDIR=$ENG_DIR/tmp XDG_RUNTIME_DIR= PODMAN_IGNORE_CGROUPSV1_WARNING=1
-case \$1 in
-    run | create) sub=\$1 && shift && set -- "\$sub" --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
+# Members of a pod are in the pod's cgroup and may name no other; nor may what has none.
+case "\$1 \$2 \$* " in
+    'pod create '*) shift 2 && set -- pod create --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
+    'run '*' --pod '* | 'create '*' --pod '* | 'run '*' --cgroups=disabled '*) ;;
+    'run '* | 'create '*) sub=\$1 && shift && set -- "\$sub" --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
 esac
 store=\${ENG_STORE:-$dir}
 exec $podman --root "\$store/root" --runroot "\$store/run" --tmpdir "\$store/tmp" --storage-driver vfs \\
-    --runtime "\${ENG_RUNTIME:-runc}" --hooks-dir "\${ENG_HOOKS_DIR:-$dir/hooks.d}" "\$@"
+    --runtime "\${ENG_RUNTIME:-runc}" \${ENG_HOOKS_DIR:+--hooks-dir "\$ENG_HOOKS_DIR"} "\$@"
 WRAPPER
     chmod +x "$ENG_DIR/bin/podman"
-    "$ENG_DIR/bin/podman" import -q "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/podman" 2>&1 ||
+    # With a command, so that it serves as the first container of a pod too.
+    "$ENG_DIR/bin/podman" import -q --change 'CMD ["/bin/sh", "-c", "trap exit TERM; sleep 2147483 & wait"]' \
+        "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/podman" 2>&1 ||
         eng_log_die podman "podman could not import the image"
 }
 

@@ -107,12 +107,15 @@ impl Site {
         hook["hook"]["path"] = json!(binaries().join("mig-hook"));
         hook["hook"]["args"] = json!(["mig-hook", "--config", site.config(), "precreate"]);
         site.write("hooks.d/mig-hook-precreate.json", &hook.to_string());
+        let world = std::fs::read_to_string(site.dir.join("podman/containers.conf")).unwrap_or_default();
+        let hooks = site.dir.join("podman/hooks.d").display().to_string();
+        site.write("containers.conf", &world.replace(&hooks, &site.shown("hooks.d")));
         Some(site)
     }
 
-    /// podman with our precreate hook, and that runtime below it.
+    /// podman with our precreate hook in a directory that containers.conf names, and that runtime below it.
     fn podman(&self, runtime: &str) -> Engine<'_> {
-        let env = vec![("ENG_RUNTIME", runtime.to_owned()), ("ENG_HOOKS_DIR", self.shown("hooks.d"))];
+        let env = vec![("ENG_RUNTIME", runtime.to_owned()), ("ENG_CONF", self.shown("containers.conf"))];
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
@@ -128,11 +131,7 @@ impl Site {
 
     /// podman without our hook, and our shim with these options as its runtime.
     fn podman_by_shim(&self, options: &str) -> Engine<'_> {
-        std::fs::create_dir_all(self.path("no-hooks")).unwrap();
-        let env = vec![
-            ("ENG_RUNTIME", self.wrapper(options).display().to_string()),
-            ("ENG_HOOKS_DIR", self.shown("no-hooks")),
-        ];
+        let env = vec![("ENG_RUNTIME", self.wrapper(options).display().to_string())];
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 

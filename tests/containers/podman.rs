@@ -1,7 +1,10 @@
 //! podman by annotation: hooks.d, precreate.
 
-use crate::common::{installed as installed_here, run, text};
-use crate::{Engine, IMAGE, PROBE_AND_WAIT, Probe, Site, must};
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use crate::common::{installed as installed_here, run, skip, text, wait_for};
+use crate::{Engine, IMAGE, PROBE_AND_WAIT, Probe, SOON, Site, installed, kill, must};
 
 fn each_has_its_own(runtime: &str) {
     let Some(site) = Site::new(&["podman", runtime]) else { return };
@@ -196,6 +199,195 @@ fn other_options_do_not_matter_to_docker() {
     let cases: [&[&str]; 3] =
         [&["--user", "1000", "--init"], &["--pid", "host"], &["--device", "/dev/null:/dev/nvidia0"]];
     cases.iter().for_each(|options| assert_open(&docker, options));
+}
+
+#[test]
+fn with_an_init_process_and_without_a_cgroup_for_conmon() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        for option in ["--init", "--cgroups=no-conmon"] {
+            if option == "--init" && !installed_here("catatonit") {
+                skip("podman --init", "catatonit is not installed");
+                continue;
+            }
+            let ask = ["mig.profile=1g.10gb"];
+            let started = must(&mut podman.request(&ask, &["-d", option], &["sh", "-c", PROBE_AND_WAIT]));
+            let id = started.trim();
+            let seen = podman.probe(id);
+            site.assert_given(&seen, &["1g.10gb"]);
+            podman.assert_confined(id, &seen);
+            podman.ok(&["rm", "-f", "-t", "0", id]);
+            site.assert_clean(&format!("after rm -f of one with {option}: at once"));
+        }
+    }
+}
+
+/// Measured with podman 4.3 and crun 1.8.1: a container without a cgroup opens every device that it can make a node of.
+#[test]
+fn without_a_cgroup_nothing_enforces_device_rules_so_it_is_refused() {
+    let Some(site) = Site::new(&["podman", "crun"]) else { return };
+    let podman = site.podman("crun");
+    let ask = ["mig.profile=1g.10gb"];
+    let reason = ["without a cgroup", "--cgroups=disabled", "requests.open_device_rules"];
+    let output = podman.assert_refused(&ask, &["--rm", "--cgroups=disabled"], &reason);
+    assert_eq!(output.status.code(), Some(126), "{}", text(&output));
+    let runtime = format!("[runtime]\npath = \"{}\"", installed("crun").display());
+    site.settings(&format!("{runtime}\n[requests]\nopen_device_rules = true"));
+    assert_open(&podman, &["--cgroups=disabled"]);
+}
+
+#[test]
+fn beside_one_that_does_not_ask() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        let asking = podman.start(&["mig.profile=1g.10gb"]);
+        let plain = podman.start(&[]);
+        assert_eq!((site.leases().len(), site.instances().len()), (1, 1));
+        assert!(podman.probe(&plain).is_empty(), "no node and no variable");
+        let everything = site.others(&Probe::default());
+        let verdicts = podman.try_devices(&plain, &everything);
+        assert_eq!(verdicts.len(), everything.len());
+        assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
+        podman.ok(&["rm", "-f", "-t", "0", &plain]);
+        site.assert_given(&podman.probe(&asking), &["1g.10gb"]);
+        assert_eq!(site.leases().len(), 1, "its end is nobody else's");
+        podman.ok(&["rm", "-f", "-t", "0", &asking]);
+        site.assert_clean("after rm -f: at once");
+    }
+}
+
+/// podman builds the environment of a session from the image's and the user's: what precreate added is not in it. The
+/// device cgroup and the nodes are the container's.
+#[test]
+fn a_session_has_the_devices_but_the_variables_only_when_told() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        let id = podman.start(&["mig.profile=1g.10gb"]);
+        let seen = podman.probe(&id);
+        let session = Probe::read(&podman.ok(&["exec", &id, "mig-probe"]));
+        assert_eq!(session.nodes, seen.nodes, "devices, each of them open");
+        assert_eq!(session.variables, BTreeMap::new(), "the limit that docs/engines.md tells of");
+        // Its remedy: podman itself knows the environment of the container's first process.
+        let format = "{{range .Config.Env}}{{println .}}{{end}}";
+        let words = "\"$0\" exec --env-file <(\"$0\" inspect -f \"$2\" \"$1\" | grep MIG-) \"$1\" mig-probe";
+        let mut command = Command::new("bash");
+        command.envs(podman.env.iter().map(|(k, v)| (k, v))).args(["-c", words]).arg(&podman.program);
+        let told = Probe::read(&must(command.args([&id, format])));
+        for name in ["CUDA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS"] {
+            assert_eq!(told.variable(name), seen.variable(name));
+        }
+        podman.ok(&["rm", "-f", "-t", "0", &id]);
+        site.assert_clean("after rm -f");
+    }
+}
+
+#[test]
+fn each_life_of_a_restart_policy_has_its_own_slice() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        let ask = ["mig.profile=1g.10gb"];
+        let options = ["-d", "--restart=always"];
+        let id = must(&mut podman.request(&ask, &options, &["sh", "-c", PROBE_AND_WAIT])).trim().to_owned();
+        let first = site.lease()["token"].clone();
+        kill(podman.pid(&id));
+        wait_for("the second life", SOON, || {
+            site.audited("grant") == 2 && podman.inspect(&id, ".State.Running") == "true"
+        });
+        assert_ne!(site.lease()["token"], first);
+        assert_eq!((site.audited("release"), site.instances().len()), (1, 1));
+        podman.ok(&["stop", "-t", "0", &id]);
+        site.clean("after stop: no third life");
+        podman.ok(&["rm", &id]);
+
+        let id = must(&mut podman.request(&ask, &["-d", "--restart=on-failure:2"], &["false"]));
+        wait_for("the third life's end", SOON, || site.audited("grant") == 5 && site.audited("release") == 5);
+        assert_eq!(podman.inspect(id.trim(), ".RestartCount"), "2");
+        site.assert_clean("after the last life: at once");
+        podman.ok(&["rm", id.trim()]);
+    }
+}
+
+#[test]
+fn a_pods_members_that_ask_have_slices_and_its_infra_container_has_none() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        let pod = podman.ok(&["pod", "create"]).trim().to_owned();
+        let options = ["-d", "--pod", &pod, "--cap-add", "MKNOD"];
+        let life = ["sh", "-c", "trap exit TERM; mig-probe; echo probed; sleep 600 & wait"];
+        let start = |ask: &[&str]| must(&mut podman.request(ask, &options, &life)).trim().to_owned();
+        let (one, two, plain) = (start(&["mig.profile=1g.10gb"]), start(&["mig.profile=2g.20gb"]), start(&[]));
+        let (seen_one, seen_two) = (podman.probe(&one), podman.probe(&two));
+        site.assert_given(&seen_one, &["1g.10gb"]);
+        site.assert_given(&seen_two, &["2g.20gb"]);
+        podman.assert_confined(&one, &seen_one);
+        podman.assert_confined(&two, &seen_two);
+        assert!(podman.probe(&plain).is_empty());
+        assert_eq!(site.leases().len(), 2, "none is the infra container's");
+        podman.ok(&["pod", "restart", &pod]);
+        assert_eq!((site.leases().len(), site.instances().len()), (2, 2));
+        assert_eq!((site.audited("grant"), site.audited("release")), (4, 2));
+        podman.ok(&["pod", "stop", "-t", "0", &pod]);
+        site.clean("after pod stop");
+        podman.ok(&["pod", "start", &pod]);
+        assert_eq!(site.leases().len(), 2);
+        podman.ok(&["pod", "rm", "-f", "-t", "0", &pod]);
+        site.assert_clean("after pod rm -f: at once");
+    }
+}
+
+/// A pod as Kubernetes writes it: two containers that probe and wait.
+fn kube(site: &Site, name: &str, annotations: &str, first: &str) -> String {
+    let container = |name: &str, more: &str| {
+        format!(
+            "  - name: {name}\n    image: {IMAGE}\n    command: [/bin/sh, -c, \"trap exit TERM; mig-probe; echo probed; sleep 600 & wait\"]\n    \
+             env: [{{name: PATH, value: /bin}}{more}]\n"
+        )
+    };
+    let (one, two) = (container("one", first), container("two", ""));
+    let pod = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  annotations: {annotations}\nspec:\n  containers:\n{one}{two}"
+    );
+    site.write("pod.yaml", &pod).display().to_string()
+}
+
+#[test]
+fn a_played_pods_annotation_is_for_each_of_its_containers() {
+    let Some(site) = Site::new(&["podman"]) else { return };
+    let podman = site.podman("runc");
+    let file = kube(&site, "every", "{mig.profile: 1g.10gb}", "");
+    podman.ok(&["play", "kube", &file]);
+    let seen = ["one", "two"].map(|name| podman.probe(&format!("every-{name}")));
+    seen.iter().for_each(|probe| site.assert_given(probe, &["1g.10gb"]));
+    assert_ne!(seen[0].variable("MIG_DEVICE_UUIDS"), seen[1].variable("MIG_DEVICE_UUIDS"));
+    assert_eq!(site.leases().len(), 2, "none is the infra container's");
+    podman.ok(&["play", "kube", "--down", &file]);
+    site.assert_clean("after play kube --down: at once");
+
+    // podman tells no hook and no runtime the name that a container has in the pod.
+    let file = kube(&site, "every", "{mig.profile/one: 1g.10gb}", "");
+    let output = podman.run(&["play", "kube", &file]);
+    assert!(text(&output).contains("does not tell which this one is"), "{}", text(&output));
+    site.assert_clean("after the refusal");
+    podman.ok(&["play", "kube", "--down", &file]);
+}
+
+#[test]
+fn one_container_of_a_played_pod_asks_by_its_environment_through_the_shim() {
+    let Some(site) = Site::new(&["podman"]) else { return };
+    let podman = site.podman_by_shim("--mig-env");
+    let file = kube(&site, "single", "{}", ", {name: MIG_PROFILE, value: 2g.20gb}");
+    podman.ok(&["play", "kube", &file]);
+    let seen = ["one", "two"].map(|name| podman.probe(&format!("single-{name}")));
+    site.assert_given(&seen[0], &["2g.20gb"]);
+    assert!(seen[1].is_empty(), "{:?}", seen[1]);
+    assert_eq!(site.leases().len(), 1);
+    podman.ok(&["play", "kube", "--down", &file]);
+    site.assert_clean("after play kube --down: at once");
 }
 
 /// Into a /dev that is the host's no runtime makes nodes: the container would run without what it asked for.
