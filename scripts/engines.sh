@@ -6,6 +6,7 @@
 #   source scripts/engines.sh                      the functions below
 #   scripts/engines.sh isolate CMD [ARG...]        run CMD with $ENG_DIR set and $ENG_DIR/bin first in PATH, then clean up
 #   scripts/engines.sh up [podman|docker]...       inside that: make the image, start daemons, write the wrappers
+#   scripts/engines.sh dockerd DIR SETTINGS        become one more dockerd, at DIR/d.sock; its client: ENG_DOCKER=DIR bin/docker
 #   scripts/engines.sh reload                      dockerd reads $ENG_DIR/daemon.json again
 #   scripts/engines.sh stop                        the daemons end
 #   scripts/engines.sh why-not                     why real containers can't run here: prints nothing when they can
@@ -342,6 +343,17 @@ WRAPPER
     eng_ready containerd $! "$ENG_DIR/bin/ctr" version
 }
 
+# Becomes a dockerd that keeps everything in one directory: eng_dockerd DIR SETTINGS
+eng_dockerd() {
+    mkdir -p "$1"
+    export TMPDIR=$ENG_DIR/tmp HOME=$ENG_DIR/home
+    exec dockerd --config-file "$2" --data-root "$1/data" --exec-root "$1/exec" --pidfile "$1/pid" -H "unix://$1/d.sock" \
+        -G root --containerd "$ENG_DIR/containerd/c.sock" --containerd-namespace "$(tr / . <<<"${1#/}")" \
+        --storage-driver vfs --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/$(basename "$ENG_DIR")" \
+        --shutdown-timeout 5 --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
+        --userland-proxy=false
+}
+
 eng_docker() {
     local dir=$ENG_DIR/docker client
     command -v dockerd >/dev/null || eng_die "no dockerd: run scripts/install-deps" || return
@@ -358,16 +370,11 @@ export DOCKER_CONFIG=$ENG_DIR/home/docker
 case \$1 in
     run | create) sub=\$1 && shift && set -- "\$sub" --network none "\$@" ;;
 esac
-exec $client -H unix://$dir/d.sock "\$@"
+exec $client -H "unix://\${ENG_DOCKER:-$dir}/d.sock" "\$@"
 WRAPPER
     chmod +x "$ENG_DIR/bin/docker"
     [[ -S $ENG_DIR/containerd/c.sock ]] || eng_containerd || return
-    TMPDIR=$ENG_DIR/tmp HOME=$ENG_DIR/home dockerd --config-file "$ENG_DIR/daemon.json" \
-        --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$dir/pid" -H "unix://$dir/d.sock" -G root \
-        --containerd "$ENG_DIR/containerd/c.sock" --storage-driver vfs \
-        --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/$(basename "$ENG_DIR")" --shutdown-timeout 5 \
-        --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --userland-proxy=false \
-        >"$ENG_DIR/logs/dockerd" 2>&1 </dev/null &
+    eng_dockerd "$dir" "$ENG_DIR/daemon.json" >"$ENG_DIR/logs/dockerd" 2>&1 </dev/null &
     eng_ready dockerd $! "$ENG_DIR/bin/docker" version || return
     "$ENG_DIR/bin/docker" import "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/docker-import" 2>&1 ||
         eng_log_die docker-import "docker could not import the image"
@@ -436,6 +443,7 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
         isolate) eng_isolate "$@" ;;
         inside) eng_inside "$@" ;;
         up) eng_up "$@" ;;
+        dockerd) eng_dockerd "$@" ;;
         reload) eng_reload ;;
         stop) eng_stop ;;
         why-not) eng_why_not ;;

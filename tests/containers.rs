@@ -12,8 +12,12 @@ mod containerd;
 mod cri;
 #[path = "containers/configured.rs"]
 mod configured;
+#[path = "containers/compose.rs"]
+mod compose;
 #[path = "containers/crowd.rs"]
 mod crowd;
+#[path = "containers/daemon.rs"]
+mod daemon;
 #[path = "containers/docker.rs"]
 mod docker;
 #[path = "containers/hostile.rs"]
@@ -360,6 +364,16 @@ impl Engine<'_> {
     /// A field of `inspect`.
     fn inspect(&self, id: &str, field: &str) -> String {
         self.ok(&["inspect", "--format", &format!("{{{{{field}}}}}"), id]).trim().to_owned()
+    }
+
+    /// Why docker can't be asked by annotation: that needs API 1.43 (docker 24).
+    fn hears_annotations(&self) -> Result<(), String> {
+        let api = self.ok(&["version", "--format", "{{.Server.APIVersion}} {{.Client.APIVersion}}"]);
+        let minor = |version: &str| version.trim_start_matches("1.").parse::<u32>().unwrap();
+        match api.split_whitespace().map(minor).min() {
+            Some(43..) => Ok(()),
+            _ => Err(format!("docker's API is {} here, and has annotations from 1.43 on", api.trim())),
+        }
     }
 
     fn pid(&self, id: &str) -> u32 {

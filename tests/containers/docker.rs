@@ -1,7 +1,11 @@
 //! docker by runtime.
 
-use crate::common::{run, text};
-use crate::{Probe, Site, kill, must, pids_of};
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::common::{run, skip, text, wait_for};
+use crate::{IMAGE, PROBE_AND_WAIT, Probe, SOON, Site, kill, must, pids_of};
 
 const BY_NAME: &[&str] = &["--mig-env"];
 
@@ -106,4 +110,83 @@ fn a_killed_containerd_shim_frees_its_slice() {
     kill(shims[0]);
     site.clean("after kill -9 of the containerd shim, without gc");
     docker.ok(&["rm", "-f", &id]);
+}
+
+#[test]
+fn each_life_of_a_restart_policy_has_its_own_slice() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let ask = ["mig.profile=1g.10gb"];
+    let id = must(&mut docker.request(&ask, &["-d", "--restart=always"], &["sleep", "600"])).trim().to_owned();
+    let first = site.lease()["token"].clone();
+    kill(docker.pid(&id));
+    wait_for("the second life", SOON, || site.audited("grant") == 2 && docker.inspect(&id, ".State.Running") == "true");
+    assert_ne!(site.lease()["token"], first);
+    assert_eq!((site.audited("release"), site.instances().len()), (1, 1));
+    docker.ok(&["stop", "-t", "0", &id]);
+    site.clean("after stop: no third life");
+    docker.ok(&["rm", &id]);
+
+    let id = must(&mut docker.request(&ask, &["-d", "--restart=on-failure:2"], &["false"]));
+    wait_for("the third life's end", SOON, || site.audited("grant") == 5 && site.audited("release") == 5);
+    assert_eq!(docker.inspect(id.trim(), ".RestartCount"), "2");
+    site.assert_clean("after the last life: at once");
+    docker.ok(&["rm", id.trim()]);
+}
+
+#[test]
+fn what_was_created_may_be_started_later() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let asking = docker.asking(&["mig.profile=1g.10gb"]);
+    let asking: Vec<&str> = asking.iter().map(String::as_str).collect();
+    let id = docker.ok(&[&["create"], &asking[..], &[IMAGE, "sh", "-c", PROBE_AND_WAIT]].concat()).trim().to_owned();
+    site.assert_clean("created: nothing is cut before a start");
+    docker.ok(&["start", &id]);
+    site.assert_given(&docker.probe(&id), &["1g.10gb"]);
+    docker.ok(&["rm", "-f", &id]);
+    site.assert_clean("after rm -f: at once");
+}
+
+#[test]
+fn beside_one_that_does_not_ask() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let asking = docker.start(&["mig.profile=1g.10gb"]);
+    let plain = docker.ok(&["run", "-d", "--cap-add", "MKNOD", IMAGE, "sh", "-c", PROBE_AND_WAIT]).trim().to_owned();
+    let by_shim = docker.start(&[]);
+    assert_eq!((site.leases().len(), site.instances().len()), (1, 1));
+    let everything = site.others(&Probe::default());
+    for id in [&plain, &by_shim] {
+        assert!(docker.probe(id).is_empty(), "no node and no variable");
+        let verdicts = docker.try_devices(id, &everything);
+        assert_eq!(verdicts.len(), everything.len());
+        assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
+    }
+    docker.ok(&["rm", "-f", &plain, &by_shim]);
+    site.assert_given(&docker.probe(&asking), &["1g.10gb"]);
+    docker.ok(&["rm", "-f", &asking]);
+    site.assert_clean("after rm -f: at once");
+}
+
+#[test]
+fn an_annotation_needs_no_option_of_the_runtime() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(&[]);
+    if let Err(why) = docker.hears_annotations() {
+        return skip("docker run --annotation", &why);
+    }
+    let runtime = docker.runtime.clone().unwrap();
+    let options = ["run", "-d", "--cap-add", "MKNOD", "--runtime", &runtime, "--annotation"];
+    let id = docker.ok(&[&options[..], &["mig.profile=1g.10gb", IMAGE, "sh", "-c", PROBE_AND_WAIT]].concat());
+    let id = id.trim();
+    let seen = docker.probe(id);
+    site.assert_given(&seen, &["1g.10gb"]);
+    docker.assert_confined(id, &seen);
+    docker.ok(&["restart", "-t", "0", id]);
+    assert_eq!((site.leases().len(), site.audited("grant")), (1, 2));
+    docker.ok(&["rm", "-f", id]);
+    site.assert_clean("after rm -f: at once");
+    let output = docker.run(&[&options[..], &["mig.profile=3g.13gb", IMAGE, "true"]].concat());
+    assert!(!output.status.success() && text(&output).contains("3g.13gb"), "{}", text(&output));
 }
