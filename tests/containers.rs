@@ -28,6 +28,8 @@ mod killed;
 mod kubernetes;
 #[path = "containers/podman.rs"]
 mod podman;
+#[path = "containers/pods.rs"]
+mod pods;
 #[path = "containers/runtimes.rs"]
 mod runtimes;
 
@@ -133,9 +135,12 @@ impl Site {
         podman
     }
 
-    /// podman without our hook, and our shim with these options as its runtime.
+    /// podman without our hook, and our shim with these options as the runtime `mig` of its containers.conf.
     fn podman_by_shim(&self, options: &str) -> Engine<'_> {
-        let env = vec![("ENG_RUNTIME", self.wrapper(options).display().to_string())];
+        let world = std::fs::read_to_string(self.dir.join("podman/containers.conf")).unwrap();
+        let runtimes = format!("{world}[engine.runtimes]\nmig = [{:?}]\n", self.wrapper(options));
+        let conf = self.write("by-shim.conf", &runtimes).display().to_string();
+        let env = vec![("ENG_RUNTIME", "mig".to_owned()), ("ENG_CONF", conf)];
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
