@@ -57,7 +57,9 @@ fn what_podman_removes_after_its_conmon_was_killed_is_freed_by_gc_at_the_latest(
 /// A first process that the kernel kills for its memory.
 fn out_of_memory(engine: &Engine, when: &str) {
     let options = ["-d", "--memory", "32m", "--memory-swap", "32m"];
-    let id = must(&mut engine.request(&["mig.profile=1g.10gb"], &options, &["tail", "/dev/zero"]));
+    let mut command = engine.request(&["mig.profile=1g.10gb"], &options, &["tail", "/dev/zero"]);
+    // conmon leaves a file `oom` where it was started.
+    let id = must(command.current_dir(engine.site.path("")));
     wait_for("its end", SOON, || engine.inspect(id.trim(), ".State.Running") == "false");
     // SIGKILL, and none of ours. podman 4.3 has .State.OOMKilled, but leaves it false.
     assert_eq!(engine.inspect(id.trim(), ".State.ExitCode"), "137");
@@ -152,6 +154,11 @@ fn orphan(runtime: &str) {
     child.wait().unwrap();
     drop(lock);
     wait_for("the container is bound", SOON, || !site.lease()["holder"]["init"].is_null());
+    // Not before crun's create is over: what it writes into a directory that is removed meanwhile is lost.
+    let id = site.lease()["holder"]["container"].as_str().unwrap().to_owned();
+    wait_for("the end of create", SOON, || {
+        text(&run(std::process::Command::new(runtime).args(["state", &id]))).contains("\"created\"")
+    });
     assert_eq!(site.gc(), ["kept"], "it could still be started");
     run(&mut podman.command(&["rm", "-f", "-t", "0", &name]));
 
