@@ -6,14 +6,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "containers/compose.rs"]
+mod compose;
+#[path = "containers/configured.rs"]
+mod configured;
 #[path = "containers/containerd.rs"]
 mod containerd;
 #[path = "containers/cri.rs"]
 mod cri;
-#[path = "containers/configured.rs"]
-mod configured;
-#[path = "containers/compose.rs"]
-mod compose;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/daemon.rs"]

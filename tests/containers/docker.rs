@@ -1,9 +1,5 @@
 //! docker by runtime.
 
-use std::process::Command;
-
-use serde_json::json;
-
 use crate::common::{run, skip, text, wait_for};
 use crate::{IMAGE, PROBE_AND_WAIT, Probe, SOON, Site, kill, must, pids_of};
 
