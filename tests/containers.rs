@@ -14,6 +14,8 @@ mod configured;
 mod containerd;
 #[path = "containers/cri.rs"]
 mod cri;
+#[path = "containers/cgroup2.rs"]
+mod cgroup2;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/daemon.rs"]
@@ -61,15 +63,24 @@ static WORLD: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     if !why.is_empty() {
         return Err(why);
     }
-    let up = "for engine in podman docker; do \"$0\" up $engine || rm -f \"$ENG_DIR/bin/$engine\"; done\n\
-              export TMPDIR=$ENG_DIR/tmp; exec \"$@\"";
     let mut command = Command::new(ENGINES);
-    command.args(["isolate", "bash", "-c", up, ENGINES]).args(std::env::args_os());
+    command.args(["isolate", ENGINES, "with", "podman docker"]).args(std::env::args_os());
     Err(format!("cannot start again in the engines' world: {}", command.exec()))
 });
 
 /// Held while daemon.json is changed: how many runtimes were added to it.
 static DAEMON: Mutex<u32> = Mutex::new(0);
+
+/// Notes that this test, or what is left of it, can't run here.
+fn skip(why: &str) -> Option<Site> {
+    common::skip(std::thread::current().name().unwrap_or("containers"), why);
+    None
+}
+
+/// Whether cgroup v2 is all that this world has.
+fn cgroup_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
 
 /// A simulated machine of its own, settings, state, and the engines to run containers with.
 struct Site {
@@ -87,18 +98,13 @@ impl Deref for Site {
 impl Site {
     /// The machine of the demo. `None`, and noted, where real containers or one of these engines can't be had.
     fn new(engines: &[&str]) -> Option<Site> {
-        let skip = |why: &str| {
-            common::skip(std::thread::current().name().unwrap_or("containers"), why);
-            None
-        };
         let dir = match WORLD.as_ref() {
             Ok(dir) => dir.clone(),
             Err(why) => return skip(why),
         };
-        let path = std::env::join_paths([dir.join("bin"), "/usr/bin".into(), "/usr/sbin".into()]).unwrap();
         let there = |engine: &str| match engine {
             "podman" | "docker" | "ctr" => dir.join("bin").join(engine).exists(),
-            runtime => std::env::split_paths(&path).any(|dir| dir.join(runtime).exists()),
+            runtime => found(runtime).is_some(),
         };
         if !dir.join("rootfs.tar").exists() {
             return skip("the image could not be made");
@@ -117,6 +123,34 @@ impl Site {
         let hooks = site.dir.join("podman/hooks.d").display().to_string();
         site.write("containers.conf", &world.replace(&hooks, &site.shown("hooks.d")));
         Some(site)
+    }
+
+    /// The same on cgroup v2. Where that is not what this world has, the test is started again in one that does, and is
+    /// over here.
+    fn on_cgroup_v2(engines: &[&str]) -> Option<Site> {
+        if WORLD.is_err() || cgroup_v2() {
+            return Site::new(engines);
+        }
+        let why = must(Command::new(ENGINES).arg("why-not").env("ENG_CGROUPS", "2"));
+        if !why.is_empty() {
+            return skip(why.trim());
+        }
+        let mut needed: Vec<&str> = engines.iter().copied().filter(|e| ["podman", "docker"].contains(e)).collect();
+        needed.dedup();
+        let mut again = Command::new(ENGINES);
+        again.env("ENG_CGROUPS", "2").args(["isolate", ENGINES, "with", &needed.join(" ")]);
+        again.arg(std::env::current_exe().unwrap()).args(["--exact", std::thread::current().name().unwrap()]);
+        // More than one, or the test would run in the main thread and not know its name.
+        again.args(["--test-threads", "2"]);
+        let output = again.stdin(Stdio::null()).output().unwrap();
+        let said = text(&output);
+        // Set in, so that whoever counts results counts one.
+        assert!(
+            output.status.success() && said.contains("test result: ok. 1 passed"),
+            "on cgroup v2:\n    {}",
+            said.replace('\n', "\n    ")
+        );
+        None
     }
 
     /// podman with our precreate hook in a directory that containers.conf names, and that runtime below it.
@@ -476,8 +510,13 @@ fn pids_of(words: &[&str]) -> Vec<u32> {
     processes.filter_map(pid).collect()
 }
 
-/// A program of the machine's, absolute.
+/// A program of the machine's, absolute; or what the engines' world has in its place.
+fn found(program: &str) -> Option<PathBuf> {
+    let ours = WORLD.as_ref().ok().map(|dir| dir.join("bin"));
+    let dirs = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(PathBuf::from);
+    ours.into_iter().chain(dirs).map(|dir| dir.join(program)).find(|path| path.exists())
+}
+
 fn installed(program: &str) -> PathBuf {
-    let dirs = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(Path::new);
-    dirs.iter().map(|dir| dir.join(program)).find(|path| path.exists()).unwrap_or_else(|| panic!("no {program}"))
+    found(program).unwrap_or_else(|| panic!("no {program}"))
 }

@@ -7,7 +7,11 @@ const BY_NAME: &[&str] = &["--mig-env"];
 
 #[test]
 fn two_at_once_open_their_own_slice_and_no_other() {
-    let Some(site) = Site::new(&["docker"]) else { return };
+    each_has_its_own(Site::new(&["docker"]));
+}
+
+pub fn each_has_its_own(site: Option<Site>) {
+    let Some(site) = site else { return };
     let docker = site.docker(BY_NAME);
     let one = docker.start(&["mig.profile=2g.20gb"]);
     let two = docker.start(&["mig.profile=1g.10gb,1g.10gb"]);
@@ -26,7 +30,11 @@ fn two_at_once_open_their_own_slice_and_no_other() {
 
 #[test]
 fn every_end_gives_the_slice_back() {
-    let Some(site) = Site::new(&["docker"]) else { return };
+    ends(Site::new(&["docker"]));
+}
+
+pub fn ends(site: Option<Site>) {
+    let Some(site) = site else { return };
     let docker = site.docker(BY_NAME);
     let ask = ["mig.profile=1g.10gb"];
     for code in [0, 3] {

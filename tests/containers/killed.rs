@@ -23,7 +23,11 @@ fn a_killed_first_process_frees_its_slice_at_once() {
 
 #[test]
 fn a_container_outlives_its_conmon_and_keeps_its_slice_until_it_ends() {
-    let Some(site) = Site::new(&["podman"]) else { return };
+    conmon(Site::new(&["podman"]));
+}
+
+pub fn conmon(site: Option<Site>) {
+    let Some(site) = site else { return };
     let podman = site.podman("runc");
     let id = podman.start(&["mig.profile=1g.10gb"]);
     let init = podman.pid(&id);

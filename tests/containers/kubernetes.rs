@@ -5,10 +5,10 @@ use std::process::Command;
 use serde_json::json;
 use yaml_rust2::{Yaml, YamlLoader};
 
-use crate::common::{skip, wait_for};
+use crate::common::wait_for;
 use crate::containerd::{Containerd, shim_of};
 use crate::cri::{self, Cri, Pod, Task};
-use crate::{SOON, Site, kill, must};
+use crate::{SOON, Site, cgroup_v2, kill, must, skip};
 
 const DOCS: &str = include_str!("../../docs/kubernetes.md");
 const ASK: &[(&str, &str)] = &[("mig.profile", "1g.10gb")];
@@ -24,8 +24,11 @@ fn documented(first_line: &str) -> &'static str {
 fn site() -> Option<Site> {
     let site = Site::new(&["containerd", "curl", "sha256sum", "tar"])?;
     if let Some(why) = cri::why_not() {
-        skip(std::thread::current().name().unwrap_or("kubernetes"), why);
-        return None;
+        return skip(why);
+    }
+    let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    if cgroup_v2() && !controllers.split_whitespace().any(|controller| controller == "cpu") {
+        return skip("a pod's sandbox asks for CPU shares, and this cgroup v2 tree has no cpu controller");
     }
     site.wrapper("");
     Some(site)

@@ -6,8 +6,8 @@ use std::process::Command;
 use crate::common::{installed as installed_here, run, skip, text, wait_for};
 use crate::{Engine, IMAGE, PROBE_AND_WAIT, Probe, SOON, Site, installed, kill, must};
 
-fn each_has_its_own(runtime: &str) {
-    let Some(site) = Site::new(&["podman", runtime]) else { return };
+pub fn each_has_its_own(site: Option<Site>, runtime: &str) {
+    let Some(site) = site else { return };
     let podman = site.podman(runtime);
     let one = podman.start(&["mig.profile=1g.10gb"]);
     let two = podman.start(&["mig.profile=2g.20gb"]);
@@ -25,12 +25,12 @@ fn each_has_its_own(runtime: &str) {
 
 #[test]
 fn two_at_once_open_their_own_slice_and_no_other() {
-    each_has_its_own("runc");
+    each_has_its_own(Site::new(&["podman", "runc"]), "runc");
 }
 
 #[test]
 fn two_at_once_open_their_own_slice_and_no_other_crun() {
-    each_has_its_own("crun");
+    each_has_its_own(Site::new(&["podman", "crun"]), "crun");
 }
 
 #[test]
@@ -123,9 +123,8 @@ fn what_crun_forgets_after_a_failed_create_is_freed_by_gc_and_by_the_next() {
     site.assert_clean("after gc");
 }
 
-#[test]
-fn ends_under_crun() {
-    let Some(site) = Site::new(&["podman", "crun"]) else { return };
+pub fn ends(site: Option<Site>) {
+    let Some(site) = site else { return };
     let podman = site.podman("crun");
     let output = run(&mut podman.request(&["mig.profile=1g.10gb"], &["--rm"], &["sh", "-c", "exit 3"]));
     assert_eq!(output.status.code(), Some(3), "{}", text(&output));
@@ -135,6 +134,11 @@ fn ends_under_crun() {
         podman.ok(&[end, &[id.as_str()]].concat());
         site.clean(&format!("after {end:?}"));
     }
+}
+
+#[test]
+fn ends_under_crun() {
+    ends(Site::new(&["podman", "crun"]));
 }
 
 #[test]
