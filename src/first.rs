@@ -380,7 +380,7 @@ impl<'de> Deserialize<'de> for Keys {
                             keys.sandbox |= map.next_value::<Text>()?.0 == "sandbox";
                         }
                         other => {
-                            keys.asks |= other.starts_with("mig.");
+                            keys.asks |= ours(other);
                             map.next_value::<IgnoredAny>()?;
                         }
                     }
@@ -410,6 +410,12 @@ impl<'de> Deserialize<'de> for Vars {
         }
         d.deserialize_seq(VarsVisitor)
     }
+}
+
+/// Whether a key of the annotations is under `mig.`, be it to be refused: `--annotation '"mig.profile=…"'`, which podman
+/// before 5.0 needs for a value with commas (it read the option as CSV), leaves the quotes in with later ones.
+pub fn ours(key: &str) -> bool {
+    key.trim_start_matches('"').starts_with("mig.")
 }
 
 /// A string, borrowed where it has no escapes.
@@ -656,6 +662,7 @@ mod tests {
             (r#"{"annotations":{"mig.profile":"1g.10gb"}}"#, false, Asked::Something),
             (r#"{"annotations":{"mig.profile/train":"1g.10gb"}}"#, false, Asked::Something),
             (r#"{"annotations":{"mig\u002eprofile":"1g.10gb"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"\"mig.profile":"1g.10gb,1g.10gb\""}}"#, false, Asked::Something),
             (r#"{"annotations":{"migx":"1","x.mig.y":"2"}}"#, true, Asked::Nothing),
             (r#"{"annotations":null,"process":{"env":null}}"#, true, Asked::Nothing),
             (r#"{}"#, true, Asked::Nothing),

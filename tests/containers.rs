@@ -339,14 +339,20 @@ impl Engine<'_> {
         must(&mut self.command(args))
     }
 
+    /// podman before 5.0 reads --annotation as a line of CSV: https://github.com/containers/podman/pull/20945
+    fn reads_csv(&self) -> bool {
+        let version = self.ok(&["--version"]);
+        version.trim_start_matches("podman version ").split('.').next().unwrap().parse::<u32>().unwrap() < 5
+    }
+
     /// The options by which this engine's user asks, `mig.profile=1g.10gb` and so on.
     fn asking(&self, requests: &[&str]) -> Vec<String> {
         let variable = |request: &&str| {
             let (key, value) = request.split_once('=').unwrap();
             format!("{}={value}", key.to_uppercase().replace('.', "_"))
         };
-        // podman reads --annotation as a line of CSV.
-        let annotation = |r: &&str| if r.contains(',') { format!("\"{r}\"") } else { (*r).to_owned() };
+        let csv = self.runtime.is_none() && self.reads_csv();
+        let annotation = |r: &&str| if csv && r.contains(',') { format!("\"{r}\"") } else { (*r).to_owned() };
         match &self.runtime {
             None => requests.iter().flat_map(|r| ["--annotation".into(), annotation(r)]).collect(),
             Some(name) => {

@@ -54,7 +54,8 @@ fn every_end_gives_the_slice_back() {
     for code in [0, 3] {
         let output = run(&mut podman.request(&ask, &[], &["sh", "-c", &format!("exit {code}")]));
         assert_eq!(output.status.code(), Some(code), "the exit code is the container's: {}", text(&output));
-        site.assert_clean(&format!("after exit {code}: poststop is over when podman run returns"));
+        // Is poststop over when podman run returns? With 4.3 it is; 5.4 lets conmon clean up behind its back.
+        site.clean(&format!("after exit {code}"));
     }
     let ends: [(&str, &[&str]); 4] = [
         ("stop", &["stop", "-t", "0"]),
@@ -352,6 +353,10 @@ fn a_refusal_is_readable_and_ends_with_126() {
         (&["mig.profile=1g.10gb"], &["--privileged"], &["other slices than its own", "--privileged"]),
         (&["mig.profile=1g.10gb"], &["--device-cgroup-rule", "c *:* rwm"], &["other slices than its own"]),
     ];
+    if !podman.reads_csv() {
+        let quoted = ["\"mig.profile=1g.10gb,1g.10gb\""];
+        podman.assert_refused(&quoted, &[], &["leave the quotes out"]);
+    }
     for (requests, options, words) in cases {
         let output = podman.assert_refused(requests, options, words);
         assert_eq!(output.status.code(), Some(126), "{}", text(&output));
