@@ -176,18 +176,18 @@ eng_cgroups() {
     fi
 }
 
-# Makes a directory the root. Nothing in it is changed: what has to be written lies on tmpfs.
+# Makes a directory the root. No file in it changes: what has to be written lies on tmpfs.
 eng_enter() {
     local root here=$PWD dir
     root=$(realpath "$1") || return
-    mount -n --bind "$root" "$root" && mount -n -o remount,bind,ro "$root" || return
+    mount -n --bind "$root" "$root" || return
     for dir in /sys /dev; do mount -n --rbind "$dir" "$root$dir" || return; done
     mount -n -t proc proc "$root/proc" || return
     for dir in /tmp /run; do mount -n -t tmpfs -o mode=1777 mig-root "$root$dir" || return; done
     for dir in "$ENG_TREE" "$ENG_DIR"; do
         mkdir -p "$root$dir" && mount -n --bind "$dir" "$root$dir" || return
     done
-    mount -n -o remount,bind,ro "$root$ENG_TREE" || return
+    for dir in "$root" "$root$ENG_TREE"; do mount -n -o remount,bind,ro "$dir" || return; done
     # The old root ends up over the new one, and goes: pivot_root(2).
     cd "$root" && pivot_root . . && umount -n -l . && cd "$here" || return
     mkdir -p "${eng_shadowed[@]}"
