@@ -532,12 +532,11 @@ eng_up() {
 eng_with() {
     local engine
     export ENG_IMAGE TMPDIR=$ENG_DIR/tmp
-    eng_up 2>"$ENG_DIR/logs/up" || { cat "$ENG_DIR/logs/up" >&2 && return 1; }
-    for engine in $1; do
-        if ! eng_up "$engine" 2>"$ENG_DIR/logs/up"; then
+    for engine in '' $1; do
+        if ! eng_up ${engine:+"$engine"} 2>"$ENG_DIR/logs/up"; then
             cat "$ENG_DIR/logs/up" >&2
-            echo "SKIP: $engine containers: $(tail -n 1 "$ENG_DIR/logs/up")" >>"${MIG_TEST_SKIPS:-/dev/null}"
-            rm -f "$ENG_DIR/bin/$engine"
+            echo "SKIP: ${engine:-all} containers: $(tail -n 1 "$ENG_DIR/logs/up")" >>"${MIG_TEST_SKIPS:-/dev/null}"
+            rm -f "$ENG_DIR/bin/${engine:-none}"
         fi
     done
     shift

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "containers/cgroup2.rs"]
+mod cgroup2;
 mod common;
 #[path = "containers/compose.rs"]
 mod compose;
@@ -14,8 +16,6 @@ mod configured;
 mod containerd;
 #[path = "containers/cri.rs"]
 mod cri;
-#[path = "containers/cgroup2.rs"]
-mod cgroup2;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/daemon.rs"]
@@ -135,8 +135,7 @@ impl Site {
         if !why.is_empty() {
             return skip(why.trim());
         }
-        let mut needed: Vec<&str> = engines.iter().copied().filter(|e| ["podman", "docker"].contains(e)).collect();
-        needed.dedup();
+        let needed: Vec<&str> = engines.iter().copied().filter(|e| ["podman", "docker"].contains(e)).collect();
         let mut again = Command::new(ENGINES);
         again.env("ENG_CGROUPS", "2").args(["isolate", ENGINES, "with", &needed.join(" ")]);
         again.arg(std::env::current_exe().unwrap()).args(["--exact", std::thread::current().name().unwrap()]);
