@@ -126,7 +126,7 @@ impl Site {
     }
 
     /// The same on cgroup v2. Where that is not what this world has, the test is started again in one that does, and is
-    /// over here.
+    /// over here. One that runs nowhere else has `on_cgroup_v2` in its name, by which scripts/test-engines knows it.
     fn on_cgroup_v2(engines: &[&str]) -> Option<Site> {
         if WORLD.is_err() || cgroup_v2() {
             return Site::new(engines);
