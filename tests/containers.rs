@@ -517,7 +517,8 @@ fn pids_of(words: &[&str]) -> Vec<u32> {
 
 /// A program of the machine's, absolute; or what the engines' world has in its place.
 fn found(program: &str) -> Option<PathBuf> {
-    let ours = WORLD.as_ref().ok().map(|dir| dir.join("bin"));
+    // The other wrappers there stand for engines with all their settings.
+    let ours = WORLD.as_ref().ok().map(|dir| dir.join("bin")).filter(|_| program == "crun");
     let dirs = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(PathBuf::from);
     ours.into_iter().chain(dirs).map(|dir| dir.join(program)).find(|path| path.exists())
 }
