@@ -222,9 +222,10 @@ pub(crate) fn annotations(config: &Value) -> impl Iterator<Item = (&str, &str)> 
     object.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
 }
 
-/// The container's name in its pod, where the engine tells it.
+/// The container's name in its pod, where the engine tells it: containerd by an annotation of its own, CRI-O by the
+/// kubelet's label (internal/factory/container, SpecAddAnnotations; its ContainerName is a sandbox's).
 pub(crate) fn container_name(config: &Value) -> Option<&str> {
-    const NAME_KEYS: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName"];
+    const NAME_KEYS: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.container.name"];
     annotations(config).find(|(key, _)| NAME_KEYS.contains(key)).map(|(_, name)| name)
 }
 
@@ -321,5 +322,20 @@ fn tell(reason: &str, caller: Option<u32>) {
     let caller = caller.filter(|_| host::parent(std::process::id()) == caller);
     if let Some(Ok(mut stderr)) = caller.map(handover::stderr_of) {
         let _ = writeln!(stderr, "mig-hook: {reason}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_containers_name_in_its_pod() {
+        let name = |key: &str| container_name(&json!({"annotations": {"a": "b", key: "trainer"}})).map(str::to_owned);
+        assert_eq!(name("io.kubernetes.cri.container-name").as_deref(), Some("trainer"));
+        assert_eq!(name("io.kubernetes.container.name").as_deref(), Some("trainer"));
+        assert_eq!(name("io.kubernetes.cri-o.ContainerName"), None, "k8s_POD_… of a sandbox");
+        assert_eq!(container_name(&json!({})), None);
     }
 }
