@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::bundle;
 use crate::classic;
 use crate::config::Settings;
+use crate::container::Cgroup;
 use crate::edits::{self, Edit, Given, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
@@ -293,7 +294,22 @@ pub(crate) fn binding(state: &State) -> Result<Binding> {
 fn bind(settings: &Settings, token: &str) -> Result<()> {
     let binding = binding(&state()?)?;
     let nvml = Nvml::at(&settings.nvml);
-    Ok(Engine::open(settings, &nvml)?.confirm(token, &binding)?)
+    let engine = Engine::open(settings, &nvml)?;
+    check_live_rules(settings, binding.pid).inspect_err(|_| give_back(&engine, token))?;
+    Ok(engine.confirm(token, &binding)?)
+}
+
+/// Refuses a container in whose cgroup no device rules are in force, whatever its config says: youki 0.7 enforces none on
+/// cgroup v2 unless it was built with cgroupsv2_devices (run). Where the cgroups can't be looked at, the config must do.
+fn check_live_rules(settings: &Settings, pid: u32) -> Result<()> {
+    match Cgroup::of(pid, None).and_then(|cgroup| cgroup.open()) {
+        Ok(Some(why)) if !settings.open_device_rules => Err(Refused(open_sentence(&why)).into()),
+        Ok(_) => Ok(()),
+        Err(error) => {
+            tracing::debug!("the device rules in force can't be read: {error}");
+            Ok(())
+        }
+    }
 }
 
 /// poststop: gives back what this very lease and container hold. May come twice, late, or for a container never seen.

@@ -4,7 +4,7 @@
 //! the runtime, since the slice may be given back only after it.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -117,7 +117,8 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     let majors = hook::prepare(settings, &mut value, &holder, &request, !plan.no_cgroup)?;
     let lease = engine.acquire(&request, &holder)?;
     let token = lease.token.clone();
-    let put = hook::edit(settings, &lease, majors, &mut value, holder.pid_file.is_none())
+    let bind = holder.pid_file.is_none() || !enforces_rules(holder.runtime.as_deref());
+    let put = hook::edit(settings, &lease, majors, &mut value, bind)
         .and_then(|()| Ok(bundle::replace(&path, &value)?))
         .inspect_err(|_| hook::give_back(&engine, &token));
     put.map(|()| Some(token))
@@ -157,6 +158,12 @@ fn holder(plan: &Plan, settings: &Settings, config: &Value) -> Result<Holder> {
     holder.pid_file_before = holder.pid_file.as_deref().and_then(host::pid_file).map(|file| file.stamp);
     hook::describe(&mut holder, config);
     Ok(holder)
+}
+
+/// Runtimes that are known to enforce device rules; of others the createRuntime hook looks whether they did.
+fn enforces_rules(runtime: Option<&Path>) -> bool {
+    let name = runtime.and_then(Path::file_name);
+    name.is_some_and(|name| name == "runc" || name == "crun")
 }
 
 /// A restore reuses the edited config of a container whose slice is long given back, and GPU state can't be restored.
