@@ -1,9 +1,12 @@
 //! The classic hook: createRuntime (or prestart) and poststop as an administrator or a CDI spec registers them, for engines
 //! that let nobody edit the config. There is no token in the config: the lease is found by the container's id and bundle.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use crate::bundle;
 use crate::config::Settings;
 use crate::edits;
 use crate::engine::{self, Binding, Engine};
@@ -11,7 +14,8 @@ use crate::gpu::nvml::Nvml;
 use crate::hook::{self, State};
 use crate::host;
 use crate::lease::{Holder, Way};
-use crate::request;
+use crate::report::{self, Refused};
+use crate::request::{self, Request};
 
 /// Takes what a container asks for while its runtime creates it. `slice`: a CDI spec's hook takes just this one, whose nodes
 /// are in the config already.
@@ -34,8 +38,33 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     {
         return Ok(());
     }
+    if slice.is_some() {
+        check(settings, &engine, &holder, &request)?;
+    }
     engine.acquire(&request, &holder)?;
     Ok(())
+}
+
+/// Refuses a container that would reach more than the slices that `--device` gave it. The engine has written these into its
+/// config already.
+fn check(settings: &Settings, engine: &Engine, holder: &Holder, request: &Request) -> Result<()> {
+    let refused = || -> Result<()> {
+        let bundle = holder.bundle.as_deref().unwrap_or(Path::new("."));
+        let path = bundle.join("config.json");
+        let shown = path.display().to_string();
+        let mut config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+        hook::strip_and_check(settings, &mut config, Some(bundle))?;
+        let held = engine.leases_of_hooks(Way::Cdi, holder.container.as_deref().unwrap_or_default(), Some(bundle))?;
+        let limit = settings.slices_per_container as usize;
+        match held.len() < limit {
+            true => Ok(()),
+            false => {
+                Err(Refused(format!("the container has {limit} slices, as many as limits.slices_per_container allows"))
+                    .into())
+            }
+        }
+    };
+    refused().inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.

@@ -25,6 +25,7 @@ struct Fragment {
     placement: PlacementFragment,
     requests: RequestsFragment,
     log: LogFragment,
+    cdi: CdiFragment,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -77,8 +78,14 @@ struct LogFragment {
     audit_file: Option<PathBuf>,
 }
 
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct CdiFragment {
+    spec: Option<PathBuf>,
+}
+
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -95,6 +102,7 @@ const KEYS: [&str; 16] = [
     "log.level",
     "log.socket",
     "log.audit_file",
+    "cdi.spec",
 ];
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
@@ -148,6 +156,8 @@ pub struct Settings {
     pub log_socket: PathBuf,
     /// JSON lines of grants, refusals and releases, besides the log (`log.audit_file`).
     pub audit_file: Option<PathBuf>,
+    /// The CDI spec that is kept true (`cdi.spec`); `None`: none is.
+    pub cdi_spec: Option<PathBuf>,
 }
 
 /// A settings file that can't be used.
@@ -172,6 +182,12 @@ pub enum ConfigError {
         uid: u32,
         /// Its mode bits.
         mode: u32,
+    },
+    /// A program of ours is not where it should be.
+    #[error("mig-hook is neither in {dir} nor in libexec/oci/hooks.d; is it installed completely?")]
+    Incomplete {
+        /// Where this program lies.
+        dir: String,
     },
     /// Its content is wrong.
     #[error("settings file {path}: {reason}")]
@@ -217,7 +233,7 @@ impl Settings {
     }
 
     fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
-        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log } = fragment;
+        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi } = fragment;
         let default = Settings::under(absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into()));
         let one_of = |key: &str, value: Option<String>, default: String, valid: &[&str]| match value {
             None => Ok(default),
@@ -247,6 +263,7 @@ impl Settings {
             level: one_of("log.level", log.level, default.level, &LEVELS)?,
             log_socket: absolute("log.socket", log.socket)?.unwrap_or(default.log_socket),
             audit_file: absolute("log.audit_file", log.audit_file)?,
+            cdi_spec: spec_file(absolute("cdi.spec", cdi.spec)?)?,
         })
     }
 
@@ -270,6 +287,7 @@ impl Settings {
             level: "info".to_owned(),
             log_socket: "/dev/log".into(),
             audit_file: None,
+            cdi_spec: None,
         }
     }
 }
@@ -286,6 +304,26 @@ fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String>
         Some(p) if !p.is_absolute() => Err(format!("{key} = \"{}\" must be an absolute path", p.display())),
         other => Ok(other),
     }
+}
+
+/// Engines read nothing else in their CDI directories.
+fn spec_file(path: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+    match path {
+        Some(p) if p.extension().is_none_or(|e| e != "json") => {
+            Err(format!("cdi.spec = \"{}\" must end in .json: engines read no other CDI specs", p.display()))
+        }
+        other => Ok(other),
+    }
+}
+
+/// `mig-hook` as the hooks that we write name it: beside this program, or where `make install` puts it, seen from
+/// PREFIX/libexec/mig-hook and from PREFIX/bin.
+pub fn hook_program() -> Result<PathBuf, ConfigError> {
+    const PLACES: [&str; 3] = ["mig-hook", "../oci/hooks.d/mig-hook", "../libexec/oci/hooks.d/mig-hook"];
+    let this = std::env::current_exe();
+    let dir = this.as_deref().ok().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let found = PLACES.iter().find_map(|place| dir.join(place).canonicalize().ok());
+    found.ok_or_else(|| ConfigError::Incomplete { dir: dir.display().to_string() })
 }
 
 fn find_library(root: &Path) -> PathBuf {
@@ -348,6 +386,7 @@ mod tests {
                 "placement.policy" => "\"binpack\"",
                 "requests.environment" | "requests.open_device_rules" => "true",
                 "log.level" => "\"debug\"",
+                "cdi.spec" => "\"/x.json\"",
                 _ => "\"/x\"",
             };
             Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
@@ -374,6 +413,7 @@ mod tests {
             ("placement.policy = \"best\"", "scc, first-fit"),
             ("limits.slices_per_container = 0", "at least 1"),
             ("slices.foreign = \"all\"", "idle"),
+            ("cdi.spec = \"/etc/cdi/x\"", ".json"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

@@ -19,7 +19,11 @@ const VARIABLES: [&str; 4] =
     ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
 /// Seconds that a runtime gives our hooks: the lock wait (15 s and 5 s) and the driver calls that follow.
 const BIND_TIMEOUT: i64 = 30;
-const POSTSTOP_TIMEOUT: i64 = 20;
+/// See [`BIND_TIMEOUT`].
+pub const POSTSTOP_TIMEOUT: i64 = 20;
+/// A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's (CVE-2025-23266): so
+/// it is never left out.
+pub const HOOK_ENVIRONMENT: &str = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A device node for the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,20 +107,23 @@ pub struct HookCall<'a> {
 
 impl HookCall<'_> {
     fn entry(&self, stage: &str, timeout: i64) -> Result<Value, String> {
-        let mut args = vec!["mig-hook".to_owned()];
-        if let Some(config) = self.config {
-            args.extend(["--config".into(), config.display().to_string()]);
-        }
-        args.extend([stage.into(), "--lease".into(), self.token.into()]);
-        // A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's
-        // (CVE-2025-23266): so it is never left out.
         let hook = HookBuilder::default()
             .path(self.program)
-            .args(args)
-            .env(["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()])
+            .args(hook_words(self.config, stage, ["--lease", self.token]))
+            .env([HOOK_ENVIRONMENT.to_owned()])
             .timeout(timeout);
         value_of(hook.build())
     }
+}
+
+/// The command line of a hook of ours.
+pub fn hook_words(config: Option<&Path>, stage: &str, option: [&str; 2]) -> Vec<String> {
+    let mut words = vec!["mig-hook".to_owned()];
+    if let Some(config) = config {
+        words.extend(["--config".into(), config.display().to_string()]);
+    }
+    words.extend([stage, option[0], option[1]].map(str::to_owned));
+    words
 }
 
 /// Everything that [`apply`] puts into a config.

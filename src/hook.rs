@@ -10,14 +10,14 @@ use serde_json::Value;
 
 use crate::bundle;
 use crate::classic;
-use crate::config::Settings;
-use crate::edits::{self, Edit, Given, HookCall};
+use crate::config::{self, Settings};
+use crate::edits::{self, Edit, HookCall};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
 use crate::host::{self, Majors};
-use crate::lease::{Holder, Lease, Slice, Way};
+use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
 
@@ -129,7 +129,8 @@ pub(crate) fn prepare(settings: &Settings, config: &mut Value, holder: &Holder, 
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
 
-fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+/// The same without an audit line.
+pub(crate) fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
@@ -150,12 +151,9 @@ fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
-    let host = engine::host_of(settings);
-    let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
-    let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
-    let nodes = edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor));
+    let nodes = engine::nodes_of(&engine::host_of(settings), &lease.slices, majors);
     let environment = edits::environment(&lease.uuids(), &lease.profiles());
-    let program = hook_program()?;
+    let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
     let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
     Ok(edited.map_err(Failure::BadRequest)?)
@@ -166,21 +164,6 @@ pub(crate) fn give_back(engine: &Engine, token: &str) {
     if let Err(error) = engine.release(token, None, "the container could not be set up") {
         tracing::error!(token, "cannot give the slice back, migctl gc will: {error}");
     }
-}
-
-/// `mig-hook` as the hooks that we write name it: beside us, or where it is installed.
-fn hook_program() -> Result<PathBuf> {
-    let engine = std::env::current_exe().context("cannot tell where mig-engine is installed")?;
-    let dir = engine.parent().unwrap_or(Path::new("/"));
-    let places = [dir.join("mig-hook"), dir.join("../oci/hooks.d/mig-hook")];
-    let found = places.iter().find_map(|path| path.canonicalize().ok());
-    found.with_context(|| {
-        format!(
-            "mig-hook is neither at {} nor at {}; is it installed completely?",
-            places[0].display(),
-            places[1].display()
-        )
-    })
 }
 
 /// String annotations of a config.

@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
+#[path = "containers/cdi.rs"]
+mod cdi;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/docker.rs"]

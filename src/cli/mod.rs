@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::report::{self, Exit};
 
+mod cdi;
 mod gc;
 mod leases;
 mod list;
@@ -43,6 +44,8 @@ enum Verb {
     Release(release::Args),
     /// Free what nobody holds any more, and finish what was interrupted
     Gc,
+    /// Print or write the CDI spec of the slices that a container may name
+    Cdi(cdi::Args),
 }
 
 /// Parses the command line, runs the verb, and turns the outcome into an exit code.
@@ -72,6 +75,8 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Leases => leases::run(&settings, args.json),
         Verb::Release(verb) => release::run(&settings, verb, args.json),
         Verb::Gc => gc::run(&settings, args.json),
+        // A CDI spec is JSON in any case.
+        Verb::Cdi(verb) => cdi::run(&settings, verb),
     }
 }
 

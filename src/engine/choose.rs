@@ -11,12 +11,8 @@ use crate::request::{GpuSelector, Request, Want};
 use super::{Engine, Failure};
 
 impl Engine<'_> {
-    /// The GPUs that may serve the request: managed by us, MIG on, not found unusable, with the allowed profiles only.
-    pub(super) fn usable_devices(
-        &self,
-        request: &Request,
-        unusable: &[(String, String)],
-    ) -> Result<Vec<Device>, Failure> {
+    /// The GPUs that we manage, with the allowed profiles only.
+    pub(super) fn managed_devices(&self) -> Result<Vec<Device>, Failure> {
         let mut devices = self.gpu.devices()?;
         if devices.is_empty() {
             return Err(Failure::BadRequest("this machine has no NVIDIA GPU".into()));
@@ -30,6 +26,19 @@ impl Engine<'_> {
                 )));
             }
         }
+        if let Some(allowed) = &self.settings.profiles {
+            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
+        }
+        Ok(devices)
+    }
+
+    /// Those of them that may serve the request: MIG on, not found unusable.
+    pub(super) fn usable_devices(
+        &self,
+        mut devices: Vec<Device>,
+        request: &Request,
+        unusable: &[(String, String)],
+    ) -> Result<Vec<Device>, Failure> {
         if let Some(wanted) = &request.gpu {
             let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
             devices.retain(|d| wanted.matches(d));
@@ -49,9 +58,6 @@ impl Engine<'_> {
         if devices.is_empty() {
             let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
             return Err(Failure::NoRoom(reasons.join("; ")));
-        }
-        if let Some(allowed) = &self.settings.profiles {
-            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
         }
         Ok(devices)
     }
