@@ -304,6 +304,12 @@ pub fn bound_dev(config: &Value) -> Option<String> {
     Some(format!("{source} is mounted over the container's /dev, where its slice's nodes would have to be made"))
 }
 
+/// Whether the container has a user namespace: then the runtime can't make nodes and binds the host's.
+pub fn has_user_namespace(config: &Value) -> bool {
+    let namespaces = config.pointer("/linux/namespaces").and_then(Value::as_array);
+    namespaces.is_some_and(|all| all.iter().any(|n| n.get("type").is_some_and(|kind| kind == "user")))
+}
+
 fn allows(rule: &Value) -> bool {
     rule.get("allow") == Some(&Value::Bool(true))
 }
@@ -420,6 +426,12 @@ mod tests {
         assert!(bound(json!({"destination": "/dev", "source": "/x", "options": ["ro", "rbind"]})).is_some());
         assert_eq!(bound(json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"})), None);
         assert_eq!(bound(json!({"destination": "/dev/shm", "type": "bind", "source": "/x"})), None);
+    }
+
+    #[test]
+    fn a_user_namespace_is_seen() {
+        let of = |kind: &str| has_user_namespace(&json!({"linux": {"namespaces": [{"type": "pid"}, {"type": kind}]}}));
+        assert!(of("user") && !of("mount") && !has_user_namespace(&json!({"linux": null})));
     }
 
     #[test]

@@ -151,7 +151,11 @@ pub(crate) fn strip_and_check(settings: &Settings, config: &mut Value, bundle: O
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
-    let nodes = engine::nodes_of(&engine::host_of(settings), &lease.slices, majors);
+    let host = engine::host_of(settings);
+    if edits::has_user_namespace(config) {
+        engine::make_host_nodes(&host, &lease.slices, majors)?;
+    }
+    let nodes = engine::nodes_of(&host, &lease.slices, majors);
     let environment = edits::environment(&lease.uuids(), &lease.profiles());
     let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod nodes;
+
 /// Where the driver's files are.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -67,6 +69,16 @@ pub enum HostError {
         path: String,
         /// What is missing and what to do.
         what: String,
+    },
+    /// A device node that is needed on the host is not there, and can't be made.
+    #[error("the host has no device node {path}, and it cannot be made: {source}; an administrator can: {remedy}")]
+    Node {
+        /// The node.
+        path: String,
+        /// Why.
+        source: io::Error,
+        /// A command.
+        remedy: String,
     },
 }
 

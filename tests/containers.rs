@@ -5,9 +5,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
 #[path = "containers/cdi.rs"]
 mod cdi;
+mod common;
 #[path = "containers/crowd.rs"]
 mod crowd;
 #[path = "containers/docker.rs"]

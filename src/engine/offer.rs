@@ -7,7 +7,7 @@ use crate::cdi_file;
 use crate::config::{self, Foreign};
 use crate::edits::{self, Given, Node};
 use crate::gpu::Device;
-use crate::host::{Host, Majors};
+use crate::host::{Host, HostError, Majors};
 use crate::lease::{Lease, Slice, State};
 use crate::store::Lock;
 
@@ -21,7 +21,9 @@ impl Engine<'_> {
         if lease.state != State::Active {
             return Err(Failure::Stale(format!("lease {} holds nothing that could be used", lease.token)));
         }
-        let nodes = nodes_of(&self.host, &lease.slices, self.host.majors()?);
+        let majors = self.host.majors()?;
+        self.make_nodes(&lease.slices, majors);
+        let nodes = nodes_of(&self.host, &lease.slices, majors);
         let (uuids, profiles) = (lease.uuids(), lease.profiles());
         let offer = Offer { name: &lease.token, nodes, uuids: &uuids, profiles: &profiles, claim: None };
         Ok(cdi::spec(&[offer], &self.settings.dev_root))
@@ -60,6 +62,7 @@ impl Engine<'_> {
             return Ok(None);
         }
         let (majors, program) = (self.host.majors()?, config::hook_program()?);
+        self.make_nodes(&slices, majors);
         let claim = Some(Claim { program: &program, config: self.settings.file.as_deref() });
         let offers = slices.iter().filter_map(|slice| {
             let uuid = slice.uuid.as_deref()?;
@@ -67,6 +70,14 @@ impl Engine<'_> {
             Some(Offer { name: uuid, nodes, uuids: uuid, profiles: &slice.profile_name, claim })
         });
         Ok(cdi::spec(&offers.collect::<Vec<_>>(), &self.settings.dev_root))
+    }
+
+    /// A spec names its nodes by number, so that most engines do without the host's: where they can't be made, it is true
+    /// all the same.
+    fn make_nodes(&self, slices: &[Slice], majors: Majors) {
+        if let Err(error) = make_host_nodes(&self.host, slices, majors) {
+            tracing::warn!("containers with a user namespace can't have what the CDI spec offers: {error}");
+        }
     }
 
     /// The slices that a container may name, as `locate` would give them. Whether one is free is asked when it is taken:
@@ -100,6 +111,20 @@ pub fn nodes_of(host: &Host, slices: &[Slice], majors: Majors) -> Vec<Node> {
     let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
     let given: Vec<Given> = slices.iter().filter_map(given).collect();
     edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor))
+}
+
+/// Makes those of the same nodes that the host lacks, for those who take them from there.
+pub fn make_host_nodes(host: &Host, slices: &[Slice], majors: Majors) -> Result<(), HostError> {
+    for node in nodes_of(host, slices, majors).iter().filter(|node| node.major != majors.caps) {
+        host.make_device(&node.name, node.major, node.minor)?;
+    }
+    for slice in slices {
+        if let (Some(gi), Some(ci)) = (slice.gi, slice.ci) {
+            host.make_capability(majors.caps, slice.gpu_minor, gi, None)?;
+            host.make_capability(majors.caps, slice.gpu_minor, gi, Some(ci))?;
+        }
+    }
+    Ok(())
 }
 
 fn write(path: &Path, spec: Option<&Spec>) -> Result<bool, Failure> {
