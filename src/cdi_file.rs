@@ -1,8 +1,8 @@
 //! The file of a CDI spec, in a directory that engines watch: replaced in one step, and only when it changes.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// Makes `text` the content of `path`; `None` removes it. A file that `is_ours` does not know is left alone: an error. True
@@ -34,7 +34,10 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
     let _ = fs::remove_file(&temporary); // of an earlier process with our pid
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
-    let written = options.open(&temporary).and_then(|mut file| file.write_all(text.as_bytes()));
+    let written = options.open(&temporary).and_then(|mut file| {
+        file.set_permissions(Permissions::from_mode(0o644))?; // whatever the umask: users' engines read it too
+        file.write_all(text.as_bytes())
+    });
     let done = written.and_then(|()| fs::rename(&temporary, path));
     done.inspect_err(|_| drop(fs::remove_file(&temporary)))
 }

@@ -13,9 +13,9 @@ use crate::engine::{self, Binding, Engine};
 use crate::gpu::nvml::Nvml;
 use crate::hook::{self, State};
 use crate::host;
-use crate::lease::{Holder, Way};
+use crate::lease::{Holder, Slice, Way};
 use crate::report::{self, Refused};
-use crate::request::{self, Request};
+use crate::request;
 
 /// Takes what a container asks for while its runtime creates it. `slice`: a CDI spec's hook takes just this one, whose nodes
 /// are in the config already.
@@ -38,33 +38,41 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     {
         return Ok(());
     }
-    if slice.is_some() {
-        check(settings, &engine, &holder, &request)?;
-    }
-    engine.acquire(&request, &holder)?;
-    Ok(())
+    let lease = engine.acquire(&request, &holder)?;
+    let fit = slice.map_or(Ok(()), |uuid| check(settings, &engine, &holder, uuid));
+    fit.inspect_err(|error| {
+        engine::audit_refusal(&holder, Some(&request), &report::sentence(error));
+        hook::give_back(&engine, &lease.token);
+    })
 }
 
-/// Refuses a container that would reach more than the slices that `--device` gave it. The engine has written these into its
-/// config already.
-fn check(settings: &Settings, engine: &Engine, holder: &Holder, request: &Request) -> Result<()> {
-    let refused = || -> Result<()> {
-        let bundle = holder.bundle.as_deref().unwrap_or(Path::new("."));
-        let path = bundle.join("config.json");
-        let shown = path.display().to_string();
-        let mut config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
-        hook::strip_and_check(settings, &mut config, Some(bundle))?;
-        let held = engine.leases_of_hooks(Way::Cdi, holder.container.as_deref().unwrap_or_default(), Some(bundle))?;
-        let limit = settings.slices_per_container as usize;
-        match held.len() < limit {
-            true => Ok(()),
-            false => {
-                Err(Refused(format!("the container has {limit} slices, as many as limits.slices_per_container allows"))
-                    .into())
-            }
-        }
-    };
-    refused().inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
+/// Refuses a container that would reach more than the slices that `--device` gave it, which the engine has written into its
+/// config already. One hook runs for each of them; the last one looks, when all are held.
+fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> Result<()> {
+    let bundle = holder.bundle.as_deref().unwrap_or(Path::new("."));
+    let path = bundle.join("config.json");
+    let shown = path.display().to_string();
+    let mut config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+    if edits::claimed(&config).last().is_some_and(|last| *last != slice) {
+        return Ok(());
+    }
+    let container = holder.container.as_deref().unwrap_or_default();
+    let held: Vec<Slice> =
+        engine.leases_of_hooks(Way::Cdi, container, Some(bundle))?.into_iter().flat_map(|lease| lease.slices).collect();
+    let limit = settings.slices_per_container;
+    if held.len() > limit as usize {
+        return Err(Refused(format!(
+            "the container was given {} slices; limits.slices_per_container allows {limit}",
+            held.len()
+        ))
+        .into());
+    }
+    let host = engine::host_of(settings);
+    let majors = host.majors()?;
+    let nodes = engine::nodes_of(&host, &held, majors);
+    hook::check_modes(settings, &nodes)?;
+    edits::drop_rules_of(&mut config, &nodes);
+    hook::check(settings, &config, majors, Some(bundle))
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::first::{SETTINGS, STATE_DIR};
+use crate::first::{self, SETTINGS};
 
 /// Where the driver's library may lie under `driver.root`, in order.
 const LIBRARY_DIRS: [&str; 6] =
     ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"];
 const LIBRARY: &str = "libnvidia-ml.so.1";
+/// Who owns what has no owner in our user namespace (user_namespaces(7); every distribution keeps the default).
+const OVERFLOW_UID: u32 = 65534;
 
 /// A settings file as written. Unknown keys are refused with the nearest valid one.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -158,6 +160,9 @@ pub struct Settings {
     pub audit_file: Option<PathBuf>,
     /// The CDI spec that is kept true (`cdi.spec`); `None`: none is.
     pub cdi_spec: Option<PathBuf>,
+    /// The uid outside of one who is root in a user namespace only: no setting. Then state is the user's own, and what is
+    /// root's to write, audit file and CDI spec, is left out.
+    pub rootless: Option<u32>,
 }
 
 /// A settings file that can't be used.
@@ -189,6 +194,15 @@ pub enum ConfigError {
         /// Where this program lies.
         dir: String,
     },
+    /// A user without root has no directory for leases.
+    #[error(
+        "{dir} is not there: the leases of a user without root live in it; log in through a session, or have an \
+         administrator run: loginctl enable-linger"
+    )]
+    NoSession {
+        /// The directory.
+        dir: String,
+    },
     /// Its content is wrong.
     #[error("settings file {path}: {reason}")]
     Invalid {
@@ -204,6 +218,10 @@ impl Settings {
     pub fn load(file: Option<&Path>) -> Result<Settings, ConfigError> {
         let path = file.unwrap_or(Path::new(SETTINGS));
         let shown = path.display().to_string();
+        let state = first::state_dir(None);
+        if let Some(dir) = state.parent().filter(|dir| first::rootless().is_some() && !dir.is_dir()) {
+            return Err(ConfigError::NoSession { dir: dir.display().to_string() });
+        }
         match std::fs::read_to_string(path) {
             Ok(text) => {
                 refuse_if_writable_by_others(path, &shown)?;
@@ -245,9 +263,11 @@ impl Settings {
                 "limits.slices_per_container = 0 would refuse every request; leave it out or give at least 1".into()
             );
         }
+        let roots = |path: Option<PathBuf>| path.filter(|_| default.rootless.is_none());
         Ok(Settings {
             file: None,
-            state_dir: absolute("state_dir", state_dir)?.unwrap_or(default.state_dir),
+            rootless: default.rootless,
+            state_dir: first::state_dir(absolute("state_dir", state_dir)?),
             nvml: absolute("driver.nvml", driver.nvml)?.unwrap_or(default.nvml),
             proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or(default.proc_root),
             dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or(default.dev_root),
@@ -262,8 +282,8 @@ impl Settings {
             open_device_rules: requests.open_device_rules.unwrap_or(default.open_device_rules),
             level: one_of("log.level", log.level, default.level, &LEVELS)?,
             log_socket: absolute("log.socket", log.socket)?.unwrap_or(default.log_socket),
-            audit_file: absolute("log.audit_file", log.audit_file)?,
-            cdi_spec: spec_file(absolute("cdi.spec", cdi.spec)?)?,
+            audit_file: roots(absolute("log.audit_file", log.audit_file)?),
+            cdi_spec: roots(spec_file(absolute("cdi.spec", cdi.spec)?)?),
         })
     }
 
@@ -271,7 +291,7 @@ impl Settings {
     fn under(driver_root: PathBuf) -> Settings {
         Settings {
             file: None,
-            state_dir: STATE_DIR.into(),
+            state_dir: first::state_dir(None),
             nvml: find_library(&driver_root),
             proc_root: "/proc".into(),
             dev_root: driver_root.join("dev"),
@@ -288,6 +308,7 @@ impl Settings {
             log_socket: "/dev/log".into(),
             audit_file: None,
             cdi_spec: None,
+            rootless: first::rootless(),
         }
     }
 }
@@ -333,7 +354,9 @@ fn find_library(root: &Path) -> PathBuf {
 
 fn refuse_if_writable_by_others(path: &Path, shown: &str) -> Result<(), ConfigError> {
     let Ok(meta) = path.metadata() else { return Ok(()) };
-    let ours = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
+    // In a user namespace everybody outside is the overflow uid, root too. Who sits there could name another file anyway.
+    let outside = first::rootless().is_some() && meta.uid() == OVERFLOW_UID;
+    let ours = outside || meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
     match ours && meta.mode() & 0o022 == 0 {
         true => Ok(()),
         false => Err(ConfigError::Writable { path: shown.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 }),

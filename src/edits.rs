@@ -19,7 +19,7 @@ const VARIABLES: [&str; 4] =
     ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
 /// Seconds that a runtime gives our hooks: the lock wait (15 s and 5 s) and the driver calls that follow.
 const BIND_TIMEOUT: i64 = 30;
-/// See [`BIND_TIMEOUT`].
+/// The same for poststop.
 pub const POSTSTOP_TIMEOUT: i64 = 20;
 /// A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's (CVE-2025-23266): so
 /// it is never left out.
@@ -169,6 +169,27 @@ pub fn carries_lease(config: &Value, token: &str) -> bool {
         is_our_hook(hook) && args.is_some_and(|a| a.iter().any(|arg| arg.as_str() == Some(token)))
     };
     hooks.is_some_and(|hooks| hooks.iter().any(with_token))
+}
+
+/// The slices that a CDI spec's hooks in a config will take, in their order.
+pub fn claimed<'a>(config: &'a Value) -> Vec<&'a str> {
+    let hooks = config.pointer("/hooks/createRuntime").and_then(Value::as_array).into_iter().flatten();
+    let slice = |hook: &'a Value| {
+        let mut args = hook.get("args")?.as_array()?.iter().filter_map(Value::as_str);
+        args.find(|arg| *arg == "--slice").and_then(|_| args.next())
+    };
+    hooks.filter(|hook| is_our_hook(hook)).filter_map(slice).collect()
+}
+
+/// Takes the rules for just these nodes out of a config, so that [`open_rule`] sees the others.
+pub fn drop_rules_of(config: &mut Value, nodes: &[Node]) {
+    let number = |rule: &Value, key: &str| rule.get(key).and_then(Value::as_u64);
+    let exactly = |rule: &Value, node: &Node| {
+        (number(rule, "major"), number(rule, "minor")) == (Some(node.major.into()), Some(node.minor.into()))
+    };
+    if let Some(rules) = config.pointer_mut("/linux/resources/devices").and_then(Value::as_array_mut) {
+        rules.retain(|rule| kind(rule) != "c" || !nodes.iter().any(|node| exactly(rule, node)));
+    }
 }
 
 /// The token that an edited config is marked with.
@@ -426,6 +447,33 @@ mod tests {
         assert!(bound(json!({"destination": "/dev", "source": "/x", "options": ["ro", "rbind"]})).is_some());
         assert_eq!(bound(json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"})), None);
         assert_eq!(bound(json!({"destination": "/dev/shm", "type": "bind", "source": "/x"})), None);
+    }
+
+    #[test]
+    fn what_hooks_of_a_cdi_spec_claim_is_read_and_their_own_rules_are_not_foreign() {
+        let hook = |path: &str, words: &[&str]| json!({"path": path, "args": words});
+        let mut config = json!({
+            "hooks": {"createRuntime": [
+                hook("/x/other", &["other", "--slice", "MIG-x"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice", "MIG-a"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice", "MIG-b"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice"]),
+            ]},
+            "linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}},
+        });
+        assert_eq!(claimed(&config), ["MIG-a", "MIG-b"]);
+        let rules = config["linux"]["resources"]["devices"].as_array_mut().unwrap();
+        for node in own() {
+            rules.push(json!({"allow": true, "type": "c", "major": node.major, "minor": node.minor, "access": "rw"}));
+        }
+        assert!(open_rule(&config, MAJORS).is_some());
+        let mut clean = config.clone();
+        drop_rules_of(&mut clean, &own());
+        assert_eq!(open_rule(&clean, MAJORS), None);
+        let more = json!({"allow": true, "type": "c", "major": 240, "minor": 30, "access": "r"});
+        config["linux"]["resources"]["devices"].as_array_mut().unwrap().push(more);
+        drop_rules_of(&mut config, &own());
+        assert!(open_rule(&config, MAJORS).unwrap().contains("c 240:30"));
     }
 
     #[test]

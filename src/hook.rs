@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::bundle;
 use crate::classic;
 use crate::config::{self, Settings};
-use crate::edits::{self, Edit, HookCall};
+use crate::edits::{self, Edit, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
@@ -129,33 +129,48 @@ pub(crate) fn prepare(settings: &Settings, config: &mut Value, holder: &Holder, 
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
 
-/// The same without an audit line.
-pub(crate) fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+    let majors = engine::host_of(settings).majors()?;
+    edits::strip(config, majors);
+    check(settings, config, majors, bundle)?;
+    Ok(majors)
+}
+
+/// Refuses a container whose /dev is not its own, or whose rules open NVIDIA devices.
+pub(crate) fn check(settings: &Settings, config: &Value, majors: Majors, bundle: Option<&Path>) -> Result<()> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
     if bundle::dev_is_link(config, bundle) {
         return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
     }
-    let majors = engine::host_of(settings).majors()?;
-    edits::strip(config, majors);
     match edits::open_rule(config, majors) {
         Some(why) if !settings.open_device_rules => Err(Refused(format!(
             "the container would reach other slices than its own: {why}; start it without --privileged and without \
              wide --device-cgroup-rule, or set requests.open_device_rules = true where that is meant"
         ))
         .into()),
-        _ => Ok(majors),
+        _ => Ok(()),
     }
+}
+
+/// Refuses a user without root whom the modes of the host's nodes shut out: the runtime binds these, and CUDA would fail.
+pub(crate) fn check_modes(settings: &Settings, nodes: &[Node]) -> Result<()> {
+    let Some(uid) = settings.rootless else { return Ok(()) };
+    let closed = nodes.iter().map(|node| settings.dev_root.join(&node.name)).find(|path| !host::can_open(path));
+    let Some(path) = closed.map(|path| path.display().to_string()) else { return Ok(()) };
+    Err(Refused(format!("uid {uid} may not open {path}; an administrator can allow it: setfacl -m u:{uid}:rw {path}"))
+        .into())
 }
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
     let host = engine::host_of(settings);
-    if edits::has_user_namespace(config) {
+    if settings.rootless.is_some() || edits::has_user_namespace(config) {
         engine::make_host_nodes(&host, &lease.slices, majors)?;
     }
     let nodes = engine::nodes_of(&host, &lease.slices, majors);
+    check_modes(settings, &nodes)?;
     let environment = edits::environment(&lease.uuids(), &lease.profiles());
     let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };

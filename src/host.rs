@@ -158,6 +158,11 @@ impl Host {
     }
 }
 
+/// Whether we may read a node, as the kernel would decide.
+pub fn can_open(node: &Path) -> bool {
+    nix::unistd::access(node, nix::unistd::AccessFlags::R_OK).is_ok()
+}
+
 fn read(path: &Path) -> Result<String, HostError> {
     fs::read_to_string(path).map_err(|source| HostError::Read { path: path.display().to_string(), source })
 }

@@ -91,7 +91,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(config) = cause.downcast_ref::<ConfigError>() {
         return Some(match config {
-            ConfigError::Incomplete { .. } => Exit::Unavailable,
+            ConfigError::Incomplete { .. } | ConfigError::NoSession { .. } => Exit::Unavailable,
             _ => Exit::Config,
         });
     }

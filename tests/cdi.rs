@@ -155,23 +155,67 @@ fn a_spec_is_taken_once_and_stays_offered() {
     assert_eq!(events, ["grant", "refusal", "release", "grant", "release"]);
 }
 
+/// A config as an engine writes it from our spec: the nodes' rules and the hooks of these slices, and one rule more.
+fn given(world: &World, slices: &[String], more: Value) -> Value {
+    let mut config = config(json!({}), &[]);
+    let spec = world.document(&["cdi"]);
+    let devices = spec["devices"].as_array().unwrap().iter();
+    let (mut rules, mut hooks) = (vec![json!({"allow": false, "access": "rwm"})], vec![]);
+    for device in devices.filter(|d| slices.iter().any(|s| d["name"] == json!(s))) {
+        let edits = &device["containerEdits"];
+        for node in edits["deviceNodes"].as_array().unwrap() {
+            let (major, minor) = (&node["major"], &node["minor"]);
+            rules.push(json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"}));
+        }
+        hooks.push(edits["hooks"][0].clone());
+    }
+    rules.push(more);
+    config["linux"]["resources"]["devices"] = json!(rules);
+    config["hooks"] = json!({"createRuntime": hooks});
+    config
+}
+
 #[test]
 fn a_container_that_reaches_more_than_its_devices_is_refused() {
     let world = machine();
     let slices = uuids(&world);
-    let wide = Created::new(&world, "wide");
-    let mut open = config(json!({}), &[]);
-    open["linux"]["resources"]["devices"].as_array_mut().unwrap().push(json!({"allow": true, "access": "rwm"}));
-    world.bundle("wide", &open);
-    let output = wide.hook(&world, "createRuntime", &slices[0]);
-    assert!(code(&output) == 77 && text(&output).contains("other slices than its own"), "{}", text(&output));
+    let (nothing, majors) = (json!({"allow": false, "type": "b", "access": "rwm"}), world.machine()["majors"].clone());
+    let neighbour = world.instances()[1]["cap_minor"].clone();
+    let cases = [
+        (json!({"allow": true, "access": "rwm"}), Some("a *:*")),
+        (json!({"allow": true, "type": "c", "major": majors["caps"], "minor": neighbour, "access": "r"}), Some("\"c ")),
+        (nothing.clone(), None),
+    ];
+    for (rule, refused) in cases {
+        let container = Created::new(&world, "one");
+        world.bundle("one", &given(&world, &slices[..1], rule));
+        let output = container.hook(&world, "createRuntime", &slices[0]);
+        match refused {
+            Some(words) => {
+                assert_eq!(code(&output), 77, "{}", text(&output));
+                assert!(text(&output).contains("other slices than its own"), "{}", text(&output));
+                assert!(text(&output).contains(words), "{}", text(&output));
+                assert_eq!(world.leases(), Vec::<Value>::new());
+            }
+            None => assert!(output.status.success(), "{}", text(&output)),
+        }
+        assert!(container.hook(&world, "poststop", &slices[0]).status.success());
+    }
 
-    world.settings(&format!("{OFFERED}\n[limits]\nslices_per_container = 1"));
-    let greedy = Created::new(&world, "greedy");
-    assert!(greedy.hook(&world, "createRuntime", &slices[0]).status.success());
-    let output = greedy.hook(&world, "createRuntime", &slices[1]);
-    assert!(code(&output) == 77 && text(&output).contains("slices_per_container"), "{}", text(&output));
-    assert_eq!(world.leases().len(), 1);
+    // Two slices: one is no stranger to the other, as many as the limit allows.
+    for (limit, fits) in [(2, true), (1, false)] {
+        world.settings(&format!("{OFFERED}\n[limits]\nslices_per_container = {limit}"));
+        let both = Created::new(&world, "both");
+        world.bundle("both", &given(&world, &slices, nothing.clone()));
+        assert!(both.hook(&world, "createRuntime", &slices[0]).status.success());
+        let output = both.hook(&world, "createRuntime", &slices[1]);
+        assert_eq!(output.status.success(), fits, "{}", text(&output));
+        assert!(fits || text(&output).contains("slices_per_container"), "{}", text(&output));
+        for slice in &slices {
+            assert!(both.hook(&world, "poststop", slice).status.success());
+        }
+        assert_eq!(world.leases(), Vec::<Value>::new());
+    }
 }
 
 #[test]

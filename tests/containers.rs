@@ -18,6 +18,8 @@ mod hostile;
 mod killed;
 #[path = "containers/podman.rs"]
 mod podman;
+#[path = "containers/rootless.rs"]
+mod rootless;
 #[path = "containers/runtimes.rs"]
 mod runtimes;
 

@@ -57,7 +57,7 @@ impl Engine<'_> {
     }
 
     fn spec_of_slices(&self, devices: &[Device], leases: &[Lease]) -> Result<Option<Spec>, Failure> {
-        let slices = self.offered(devices, leases)?;
+        let slices = self.offered(devices, leases);
         if slices.is_empty() {
             return Ok(None);
         }
@@ -83,26 +83,29 @@ impl Engine<'_> {
     /// The slices that a container may name, as `locate` would give them. Whether one is free is asked when it is taken:
     /// so a spec changes with the slices, not with every container, and a second container gets our reason, not the
     /// engine's "unresolvable".
-    fn offered(&self, devices: &[Device], leases: &[Lease]) -> Result<Vec<Slice>, Failure> {
+    fn offered(&self, devices: &[Device], leases: &[Lease]) -> Vec<Slice> {
         // Slices that an administrator gave us would be offered whatever this setting says.
         if self.settings.foreign == Foreign::Refuse {
-            return Ok(Vec::new());
+            return Vec::new();
         }
         let mut offered = Vec::new();
         for device in devices {
             for instance in &device.instances {
                 let [compute] = instance.compute.as_slice() else { continue };
-                let cut_by_us = |s: &Slice| s.ours && s.gpu == device.uuid && s.placement == instance.placement;
+                let cut_by_us = |s: &Slice| s.ours && s.is_at(&device.uuid, instance);
                 if leases.iter().flat_map(|lease| &lease.slices).any(cut_by_us) {
                     continue;
                 }
                 let Some(mut slice) = Slice::located(device, instance, compute) else { continue };
-                slice.gi_minor = Some(self.host.instance_minor(device.minor, instance.id)?);
-                slice.ci_minor = Some(self.host.compute_minor(device.minor, instance.id, compute.id)?);
-                offered.push(slice);
+                slice.gi_minor = self.host.instance_minor(device.minor, instance.id).ok();
+                slice.ci_minor = self.host.compute_minor(device.minor, instance.id, compute.id).ok();
+                // Without its /proc files it has gone since it was listed.
+                if slice.gi_minor.is_some() && slice.ci_minor.is_some() {
+                    offered.push(slice);
+                }
             }
         }
-        Ok(offered)
+        offered
     }
 }
 

@@ -47,7 +47,7 @@ impl Drop for Offering<'_> {
 }
 
 impl Offering<'_> {
-    fn run<'e>(&self, engine: &'e Engine<'_>, slice: usize, options: &[&str], words: &[&str]) -> Command {
+    fn run(&self, engine: &Engine<'_>, slice: usize, options: &[&str], words: &[&str]) -> Command {
         let mut command = engine.command(&["run", "--device", &format!("mig-hook.io/slice={}", self.slices[slice])]);
         command.args(options).arg(IMAGE).args(words);
         command
@@ -121,6 +121,11 @@ fn podman(runtime: &str) {
     podman.env.retain(|(key, _)| *key != "ENG_HOOKS_DIR");
     podman.env.push(("ENG_HOOKS_DIR", site.shown("no-hooks")));
     offering.live_and_die(&podman);
+
+    let second = format!("mig-hook.io/slice={}", offering.slices[1]);
+    let seen = Probe::read(&crate::must(&mut offering.run(&podman, 0, &["--rm", "--device", &second], &["mig-probe"])));
+    assert_eq!(seen.nodes.len(), 8, "the nodes of both slices: {seen:?}");
+    assert_eq!(site.audited("grant"), site.audited("release"));
 
     let output = run(&mut offering.run(&podman, 0, &["--rm", "--privileged"], &["true"]));
     assert!(!output.status.success(), "--privileged reaches every slice: {}", text(&output));
