@@ -2,6 +2,7 @@
 
 PREFIX ?= /usr
 DESTDIR ?=
+SUITE ?= trixie
 
 BINDIR := $(PREFIX)/bin
 LIBEXECDIR := $(PREFIX)/libexec
@@ -15,7 +16,7 @@ DIST := target/dist
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo test check bench install uninstall clean
+.PHONY: help deps build demo test test-engines check bench install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,11 +39,15 @@ demo: ## real containers on a simulated machine, step by step (root; installs wh
 test: deps build ## everything: unit tests, binaries on the simulator, real runc, podman and docker containers
 	@scripts/test
 
+test-engines: build ## the real-container tests against SUITE's engines, on cgroup v1 and v2 (root; SUITE=trixie, sid, ...)
+	@scripts/test-engines $(SUITE)
+
 check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
-	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/test .ci/run
+	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/tally.sh scripts/test \
+	    scripts/test-engines .ci/run
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench

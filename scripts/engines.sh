@@ -6,22 +6,33 @@
 #   source scripts/engines.sh                      the functions below
 #   scripts/engines.sh isolate CMD [ARG...]        run CMD with $ENG_DIR set and $ENG_DIR/bin first in PATH, then clean up
 #   scripts/engines.sh up [podman|docker]...       inside that: make the image, start daemons, write the wrappers
+#   scripts/engines.sh dockerd DIR SETTINGS        become one more dockerd, at DIR/d.sock; its client: ENG_DOCKER=DIR bin/docker
+#   scripts/engines.sh with 'podman docker' CMD... inside that: up, as far as it goes, then CMD; an engine that does not come
+#                                                  up is noted in the file $MIG_TEST_SKIPS, and bin has no wrapper for it
 #   scripts/engines.sh reload                      dockerd reads $ENG_DIR/daemon.json again
 #   scripts/engines.sh stop                        the daemons end
 #   scripts/engines.sh why-not                     why real containers can't run here: prints nothing when they can
 #
 # After `up`, $ENG_DIR holds
 #   rootfs/             busybox and `mig-probe` (see eng_probe); rootfs.tar is the same, imported as $ENG_IMAGE
-#   bin/podman          podman with every option set; ENG_HOOKS_DIR, ENG_RUNTIME (default runc) and ENG_STORE (a directory
-#                       for a store of its own, without the image) are read at each call
+#   bin/podman          podman with every option set; ENG_HOOKS_DIR, ENG_CONF (instead of podman/containers.conf), ENG_RUNTIME
+#                       (default runc) and ENG_STORE (a directory for a store of its own, without the image) are read at
+#                       each call
 #   bin/docker bin/ctr  clients of the private dockerd and its containerd; $ENG_DIR/daemon.json may be written before `up`
+#   bin/crun            only on cgroup v2, where this crun can't run without help (see eng_crun)
 #   logs/               what the daemons said
 #
-# Read by isolate: ENG_TMP, where the scratch directory goes; ENG_KEEP=1 keeps it.
+# Read by isolate (and why-not):
+#   ENG_TMP             where the scratch directory goes; ENG_KEEP=1 keeps it
+#   ENG_CGROUPS         2: /sys/fs/cgroup is cgroup v2 alone, whatever the machine has; 1: cgroup v1, or it is an error;
+#                       neither: the machine's own, and v1 on one that has both
+#   ENG_ROOT            a root directory with engines in it (scripts/test-engines makes them): the world is in there, with
+#                       this tree, read-only, and the scratch directory where they are outside
 
 # shellcheck disable=SC2034  # some names are for those who source this
 ENG_IMAGE=localhost/busybox
 ENG_SELF=$(realpath "${BASH_SOURCE[0]}")
+ENG_TREE=${ENG_SELF%/*/*}
 
 eng_say() { printf 'engines: %s\n' "$*" >&2; }
 eng_die() {
@@ -39,8 +50,15 @@ eng_why_not() {
         echo "no cgroups under /sys/fs/cgroup"
     elif [[ ! -w /sys/fs/cgroup/devices && ! -w /sys/fs/cgroup/cgroup.subtree_control ]]; then
         echo "the cgroup tree is read-only or has no device controller"
+    elif [[ ${ENG_CGROUPS:-} == 1 ]] && eng_cgroup2; then
+        echo "this machine has cgroup v2 alone"
+    elif [[ ${ENG_CGROUPS:-} == 2 ]] && ! eng_on_cgroup2 test -w /sys/fs/cgroup/cgroup.procs; then
+        echo "no cgroup v2 tree can be mounted"
     fi
 }
+
+# Is cgroup v2 what /sys/fs/cgroup shows, and all it shows?
+eng_cgroup2() { [[ -e /sys/fs/cgroup/cgroup.controllers ]]; }
 
 # Does this host have real NVIDIA devices? Prints what was found.
 eng_real_nvidia() {
@@ -91,12 +109,21 @@ eng_make_shadowed() {
     done
 }
 
+# Becomes a command in mount and PID namespaces of its own, which dies with its parent, and with it all that it started
+# and mounted. A shell's background job is born with SIGINT and SIGQUIT ignored: undone.
+eng_alone() {
+    exec env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
+        unshare --mount --pid --fork --kill-child=KILL --mount-proc --propagation private "$@"
+}
+
 # Runs a command with the engines' world around it, then exits with its status. Everything is undone here, outside the
 # namespaces, where killing the PID namespace's first process has left no process and no mount to stumble over.
 eng_isolate() {
     local reason rc=0
     reason=$(eng_why_not)
     [[ -z $reason ]] || eng_die "can't run containers here: $reason" || exit
+    # In a world of its own already: that one's engines are not meant.
+    [[ -z ${ENG_DIR:-} ]] || PATH=${PATH#"$ENG_DIR/bin:"}
     ENG_DIR=$(eng_scratch) || exit
     export ENG_DIR
     world=
@@ -110,10 +137,7 @@ eng_isolate() {
     # Some tests become an ordinary user.
     chmod 711 "$ENG_DIR" && chmod 1777 "$ENG_DIR/tmp"
     eng_make_shadowed
-    # Each dies with its parent. A shell's background job is born with SIGINT and SIGQUIT ignored: undone.
-    env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
-        unshare --mount --pid --fork --kill-child=KILL --mount-proc --propagation private \
-        "$ENG_SELF" inside "$@" <&0 {owner}>&- &
+    eng_alone "$ENG_SELF" inside "$@" <&0 {owner}>&- &
     world=$!
     wait "$world" || rc=$?
     exit "$rc"
@@ -122,18 +146,51 @@ eng_isolate() {
 # What the first process of the namespaces does.
 eng_inside() {
     local dir rc=0
+    eng_cgroups || return
+    if [[ -n ${ENG_ROOT:-} ]]; then
+        eng_enter "$ENG_ROOT" || return
+        unset ENG_ROOT
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/bin
+    fi
     for dir in "${eng_shadowed[@]}"; do
         mount -n -t tmpfs -o mode=700 mig-shadow "$dir" || return
     done
-    # Hybrid cgroups: crun and newer engines refuse them while a controller lives on the unified tree. Without that
-    # tree it is plain v1.
-    if mountpoint -q /sys/fs/cgroup/unified; then
-        umount -n /sys/fs/cgroup/unified || return
-    fi
     export PATH="$ENG_DIR/bin:$PATH:/usr/sbin:/sbin"
     # Not exec: as PID 1 this shell also reaps what conmon and the shims leave.
     "$@" || rc=$?
     return "$rc"
+}
+
+# Runs a command where cgroup v2 alone is seen.
+eng_on_cgroup2() {
+    ENG_CGROUPS=2 unshare --mount --propagation private "$ENG_SELF" view "$@" 2>/dev/null
+}
+
+# The cgroup tree that ENG_CGROUPS names.
+eng_cgroups() {
+    if [[ ${ENG_CGROUPS:-} == 2 ]]; then
+        eng_cgroup2 || { umount -n -R /sys/fs/cgroup && mount -n -t cgroup2 mig-cgroup2 /sys/fs/cgroup; }
+    elif mountpoint -q /sys/fs/cgroup/unified; then
+        # Both: crun and newer engines refuse that while a controller lives on the unified tree. Without it: plain v1.
+        umount -n /sys/fs/cgroup/unified
+    fi
+}
+
+# Makes a directory the root. No file in it changes: what has to be written lies on tmpfs.
+eng_enter() {
+    local root here=$PWD dir
+    root=$(realpath "$1") || return
+    mount -n --bind "$root" "$root" || return
+    for dir in /sys /dev; do mount -n --rbind "$dir" "$root$dir" || return; done
+    mount -n -t proc proc "$root/proc" || return
+    for dir in /tmp /run; do mount -n -t tmpfs -o mode=1777 mig-root "$root$dir" || return; done
+    for dir in "$ENG_TREE" "$ENG_DIR"; do
+        mkdir -p "$root$dir" && mount -n --bind "$dir" "$root$dir" || return
+    done
+    for dir in "$root" "$root$ENG_TREE"; do mount -n -o remount,bind,ro "$dir" || return; done
+    # The old root ends up over the new one, and goes: pivot_root(2).
+    cd "$root" && pivot_root . . && umount -n -l . && cd "$here" || return
+    mkdir -p "${eng_shadowed[@]}"
 }
 
 eng_clean() {
@@ -155,6 +212,7 @@ eng_remove() {
     local dir
     eng_until 10 eng_no_cgroups "$(basename "$1")" || eng_say "left behind: cgroups called $(basename "$1")"
     while read -r dir; do
+        [[ $dir != */libpod_parent ]] || rmdir "$dir"/*/ 2>/dev/null || true
         rmdir "$dir" 2>/dev/null || true
     done < <(cat "$1/made" 2>/dev/null)
     if [[ ${ENG_KEEP:-} == 1 ]]; then
@@ -175,6 +233,11 @@ eng_sweep() {
 
 # The cgroup of everything that our engines start, below every hierarchy; removes it, true when none is left.
 eng_no_cgroups() {
+    eng_rmdir_cgroups "$1" || return
+    # Of v2 there may be no mount out here.
+    [[ -n $(findmnt --noheadings --types cgroup2) ]] || ! eng_on_cgroup2 true || eng_on_cgroup2 "$ENG_SELF" rmdir-cgroups "$1"
+}
+eng_rmdir_cgroups() {
     find /sys/fs/cgroup -depth -type d -path "*/$1*" -exec rmdir {} + 2>/dev/null || true
     [[ -z $(find /sys/fs/cgroup -type d -name "$1*" -print -quit 2>/dev/null) ]]
 }
@@ -236,6 +299,40 @@ eng_rootfs() {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# crun
+
+# On cgroup v2 crun 1.8 raises RLIMIT_MEMLOCK for its device program, and gives up where that is not allowed. Later ones
+# go on, and so does this one when it isn't told. Whether it needs that is tried.
+eng_crun() {
+    local crun dir=$ENG_DIR/crun said
+    eng_cgroup2 && crun=$(command -v crun) || return 0
+    mkdir -p "$dir/bundle"
+    crun spec --bundle "$dir/bundle" || eng_die "crun spec failed" || return
+    jq --arg root "$ENG_DIR/rootfs" --arg group "/$(basename "$ENG_DIR")/crun" '.root.path = $root | .process.args = ["true"] |
+        .process.terminal = false | del(.process.rlimits) | .linux.cgroupsPath = $group' \
+        "$dir/bundle/config.json" >"$dir/config.json" && mv "$dir/config.json" "$dir/bundle/config.json" || return
+    said=$(crun --root "$dir/root" --cgroup-manager cgroupfs run --bundle "$dir/bundle" try 2>&1 </dev/null) && return
+    [[ $said == *MEMLOCK* ]] || return 0
+    cat >"$dir/setrlimit.c" <<'C'
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int setrlimit(__rlimit_resource_t what, const struct rlimit *limit)
+{
+    long rc = syscall(SYS_prlimit64, 0, what, limit, 0);
+    return what == RLIMIT_MEMLOCK ? 0 : rc;
+}
+C
+    cc -shared -fPIC -D_GNU_SOURCE -o "$dir/setrlimit.so" "$dir/setrlimit.c" 2>"$ENG_DIR/logs/cc" ||
+        eng_log_die cc "crun needs a library made by cc here" || return
+    cat >"$ENG_DIR/bin/crun" <<WRAPPER
+#!/bin/sh
+LD_PRELOAD=$dir/setrlimit.so exec $crun "\$@"
+WRAPPER
+    chmod +x "$ENG_DIR/bin/crun"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # podman
 
 # podman before 5.0 asks for a million open files; where the hard limit is lower and may not be raised, the container
@@ -258,9 +355,13 @@ eng_pids_limit() {
 }
 
 eng_podman() {
-    local dir=$ENG_DIR/podman podman
+    local dir=$ENG_DIR/podman podman tree
     podman=$(PATH=${PATH#"$ENG_DIR/bin:"} command -v podman) || eng_die "no podman: run scripts/install-deps" || return
     mkdir -p "$dir/hooks.d" "$dir/cni"
+    # `kube play` can't be told another parent for its pods.
+    for tree in /sys/fs/cgroup /sys/fs/cgroup/*/; do
+        [[ -e $tree/libpod_parent ]] || echo "$tree/libpod_parent" >>"$ENG_DIR/made"
+    done
     cat >"$dir/containers.conf" <<CONF
 [containers]
 $(eng_ulimits)
@@ -274,6 +375,8 @@ network_config_dir = "$dir/cni"
 cgroup_manager = "cgroupfs"
 events_logger = "none"
 lock_type = "file"
+infra_image = "$ENG_IMAGE"
+hooks_dir = ["$dir/hooks.d"]
 CONF
     cat >"$dir/storage.conf" <<CONF
 [storage]
@@ -284,17 +387,23 @@ CONF
     cat >"$ENG_DIR/bin/podman" <<WRAPPER
 #!/bin/sh
 unset CONTAINER_HOST CONTAINER_CONNECTION CONTAINERS_CONF_OVERRIDE CONTAINERS_REGISTRIES_CONF STORAGE_DRIVER STORAGE_OPTS
-export CONTAINERS_CONF=$dir/containers.conf CONTAINERS_STORAGE_CONF=$dir/storage.conf
+export CONTAINERS_CONF="\${ENG_CONF:-$dir/containers.conf}" CONTAINERS_STORAGE_CONF=$dir/storage.conf
 export HOME=$ENG_DIR/home TMPDIR=$ENG_DIR/tmp XDG_RUNTIME_DIR= PODMAN_IGNORE_CGROUPSV1_WARNING=1
-case \$1 in
-    run | create) sub=\$1 && shift && set -- "\$sub" --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
+# Members of a pod are in the pod's cgroup and may name no other; nor may what has none.
+case "\$1 \$2 \$* " in
+    'pod create '*) shift 2 && set -- pod create --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
+    'run '*' --pod '* | 'create '*' --pod '* | 'run '*' --cgroups=disabled '*) ;;
+    'run '* | 'create '*) sub=\$1 && shift && set -- "\$sub" --cgroup-parent /$(basename "$ENG_DIR") "\$@" ;;
 esac
-store=\${ENG_STORE:-$dir}
+store=\${ENG_STORE:-$dir} runtime=\${ENG_RUNTIME:-runc}
+[ ! -x "$ENG_DIR/bin/\$runtime" ] || runtime=$ENG_DIR/bin/\$runtime
 exec $podman --root "\$store/root" --runroot "\$store/run" --tmpdir "\$store/tmp" --storage-driver vfs \\
-    --runtime "\${ENG_RUNTIME:-runc}" --hooks-dir "\${ENG_HOOKS_DIR:-$dir/hooks.d}" "\$@"
+    --runtime "\$runtime" \${ENG_HOOKS_DIR:+--hooks-dir "\$ENG_HOOKS_DIR"} "\$@"
 WRAPPER
     chmod +x "$ENG_DIR/bin/podman"
-    "$ENG_DIR/bin/podman" import -q "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/podman" 2>&1 ||
+    # With a command, so that it serves as the first container of a pod too.
+    "$ENG_DIR/bin/podman" import -q --change 'CMD ["/bin/sh", "-c", "trap exit TERM; sleep 2147483 & wait"]' \
+        "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/podman" 2>&1 ||
         eng_log_die podman "podman could not import the image"
 }
 
@@ -329,6 +438,17 @@ WRAPPER
     eng_ready containerd $! "$ENG_DIR/bin/ctr" version
 }
 
+# Becomes a dockerd that keeps everything in one directory: eng_dockerd DIR SETTINGS
+eng_dockerd() {
+    mkdir -p "$1"
+    export TMPDIR=$ENG_DIR/tmp HOME=$ENG_DIR/home
+    exec dockerd --config-file "$2" --data-root "$1/data" --exec-root "$1/exec" --pidfile "$1/pid" -H "unix://$1/d.sock" \
+        -G root --containerd "$ENG_DIR/containerd/c.sock" --containerd-namespace "$(tr / . <<<"${1#/}")" \
+        --storage-driver vfs --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/$(basename "$ENG_DIR")" \
+        --shutdown-timeout 5 --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false \
+        --userland-proxy=false
+}
+
 eng_docker() {
     local dir=$ENG_DIR/docker client
     command -v dockerd >/dev/null || eng_die "no dockerd: run scripts/install-deps" || return
@@ -345,16 +465,11 @@ export DOCKER_CONFIG=$ENG_DIR/home/docker
 case \$1 in
     run | create) sub=\$1 && shift && set -- "\$sub" --network none "\$@" ;;
 esac
-exec $client -H unix://$dir/d.sock "\$@"
+exec $client -H "unix://\${ENG_DOCKER:-$dir}/d.sock" "\$@"
 WRAPPER
     chmod +x "$ENG_DIR/bin/docker"
     [[ -S $ENG_DIR/containerd/c.sock ]] || eng_containerd || return
-    TMPDIR=$ENG_DIR/tmp HOME=$ENG_DIR/home dockerd --config-file "$ENG_DIR/daemon.json" \
-        --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$dir/pid" -H "unix://$dir/d.sock" -G root \
-        --containerd "$ENG_DIR/containerd/c.sock" --storage-driver vfs \
-        --exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/$(basename "$ENG_DIR")" --shutdown-timeout 5 \
-        --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false --userland-proxy=false \
-        >"$ENG_DIR/logs/dockerd" 2>&1 </dev/null &
+    eng_dockerd "$dir" "$ENG_DIR/daemon.json" >"$ENG_DIR/logs/dockerd" 2>&1 </dev/null &
     eng_ready dockerd $! "$ENG_DIR/bin/docker" version || return
     "$ENG_DIR/bin/docker" import "$ENG_DIR/rootfs.tar" "$ENG_IMAGE" >"$ENG_DIR/logs/docker-import" 2>&1 ||
         eng_log_die docker-import "docker could not import the image"
@@ -403,7 +518,7 @@ eng_reloaded() { (($(eng_reloads) > $1)); }
 eng_up() {
     local engine
     [[ -n ${ENG_DIR:-} ]] || eng_die "run this inside: scripts/engines.sh isolate" || return
-    [[ -e $ENG_DIR/rootfs.tar ]] || eng_rootfs || return
+    [[ -e $ENG_DIR/rootfs.tar ]] || { eng_rootfs && eng_crun; } || return
     for engine; do
         case $engine in
             podman) eng_podman || return ;;
@@ -411,6 +526,21 @@ eng_up() {
             *) eng_die "no engine called $engine" || return ;;
         esac
     done
+}
+
+# Runs a command with these engines, or with those of them that work: eng_with 'podman docker' CMD...
+eng_with() {
+    local engine
+    export ENG_IMAGE TMPDIR=$ENG_DIR/tmp
+    for engine in '' $1; do
+        if ! eng_up ${engine:+"$engine"} 2>"$ENG_DIR/logs/up"; then
+            cat "$ENG_DIR/logs/up" >&2
+            echo "SKIP: ${engine:-all} containers: $(tail -n 1 "$ENG_DIR/logs/up")" >>"${MIG_TEST_SKIPS:-/dev/null}"
+            rm -f "$ENG_DIR/bin/${engine:-none}"
+        fi
+    done
+    shift
+    "$@"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +552,11 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     case $command in
         isolate) eng_isolate "$@" ;;
         inside) eng_inside "$@" ;;
+        view) eng_cgroups && "$@" ;;
+        rmdir-cgroups) eng_rmdir_cgroups "$1" ;;
         up) eng_up "$@" ;;
+        dockerd) eng_dockerd "$@" ;;
+        with) eng_with "$@" ;;
         reload) eng_reload ;;
         stop) eng_stop ;;
         why-not) eng_why_not ;;

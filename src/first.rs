@@ -30,7 +30,7 @@ const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../
 pub const CONFIG_LIMIT: u64 = 16 << 20;
 /// Low-level runtimes in order of preference, and where they are looked for. Never `$PATH`: docker's begins with
 /// directories of its own.
-const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
+pub const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
 const RUNTIME_DIRS: [&str; 5] = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
 
 /// Options of our own, which stand before the runtime's and are not handed on.
@@ -59,6 +59,8 @@ pub struct Plan {
     pub log: Option<PathBuf>,
     /// `--log-format json`.
     pub log_json: bool,
+    /// crun's `--cgroup-manager disabled`.
+    pub no_cgroup: bool,
     /// What is to be done.
     pub verb: Verb,
     /// `--bundle`; the current directory without it.
@@ -179,6 +181,7 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
             ("root" | "r", Some(v)) => plan.root = Some(v.into()),
             ("log" | "l", Some(v)) => plan.log = Some(v.into()),
             ("log-format", Some(v)) => plan.log_json = v == "json",
+            ("cgroup-manager", Some(v)) => plan.no_cgroup = v == "disabled",
             _ => {}
         }
     }
@@ -382,7 +385,7 @@ impl<'de> Deserialize<'de> for Keys {
                             keys.sandbox |= map.next_value::<Text>()?.0 == "sandbox";
                         }
                         other => {
-                            keys.asks |= other.starts_with("mig.");
+                            keys.asks |= ours(other);
                             map.next_value::<IgnoredAny>()?;
                         }
                     }
@@ -412,6 +415,12 @@ impl<'de> Deserialize<'de> for Vars {
         }
         d.deserialize_seq(VarsVisitor)
     }
+}
+
+/// Whether a key of the annotations is under `mig.`, be it to be refused: `--annotation '"mig.profile=…"'`, which podman
+/// before 5.0 needs for a value with commas (it read the option as CSV), leaves the quotes in with later ones.
+pub fn ours(key: &str) -> bool {
+    key.trim_start_matches('"').starts_with("mig.")
 }
 
 /// A string, borrowed where it has no escapes.
@@ -538,8 +547,8 @@ pub fn low_level_runtime(plan: &Plan, configured: Option<&Path>) -> Result<PathB
     })
 }
 
-/// An executable of that name which is not ourselves under another name.
-fn installed(name: &str) -> Option<PathBuf> {
+/// An executable of that name, where runtimes lie, which is not ourselves under another name.
+pub fn installed(name: &str) -> Option<PathBuf> {
     let ourselves = std::fs::metadata("/proc/self/exe").map(|m| (m.dev(), m.ino())).ok();
     RUNTIME_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| {
         path.metadata()
@@ -679,6 +688,7 @@ mod tests {
             (r#"{"annotations":{"mig.profile":"1g.10gb"}}"#, false, Asked::Something),
             (r#"{"annotations":{"mig.profile/train":"1g.10gb"}}"#, false, Asked::Something),
             (r#"{"annotations":{"mig\u002eprofile":"1g.10gb"}}"#, false, Asked::Something),
+            (r#"{"annotations":{"\"mig.profile":"1g.10gb,1g.10gb\""}}"#, false, Asked::Something),
             (r#"{"annotations":{"migx":"1","x.mig.y":"2"}}"#, true, Asked::Nothing),
             (r#"{"annotations":null,"process":{"env":null}}"#, true, Asked::Nothing),
             (r#"{}"#, true, Asked::Nothing),

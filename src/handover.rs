@@ -47,6 +47,11 @@ pub fn claim_stdio() {
 pub struct Sigpipe(libc::sighandler_t);
 
 impl Sigpipe {
+    /// For a child that shall ignore it.
+    pub fn ignored() -> Sigpipe {
+        Sigpipe(libc::SIG_IGN)
+    }
+
     /// Ignores SIGPIPE, so that a closed stderr can't kill us half-way, and remembers what it was.
     pub fn ignore() -> Sigpipe {
         // SAFETY: SIG_IGN installs no handler code; signal(2) has no memory effects.

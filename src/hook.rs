@@ -112,7 +112,8 @@ fn precreate(settings: &Settings) -> Result<()> {
     };
     let Some(request) = asked? else { return Ok(print(&bytes)?) };
     let mut value = config.certain(shown)?;
-    let majors = prepare(settings, &mut value, &holder, &request)?;
+    // podman names a cgroup for every container but one with --cgroups=disabled.
+    let majors = prepare(settings, &mut value, &holder, &request, holder.cgroup.is_some())?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let lease = engine.acquire(&request, &holder)?;
@@ -122,32 +123,50 @@ fn precreate(settings: &Settings) -> Result<()> {
     handed_on.inspect_err(|_| give_back(&engine, &lease.token))
 }
 
-/// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices. Before anything
-/// is acquired.
-pub(crate) fn prepare(settings: &Settings, config: &mut Value, holder: &Holder, request: &Request) -> Result<Majors> {
-    let prepared = strip_and_check(settings, config, holder.bundle.as_deref());
+/// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices: by its device
+/// rules, or because it has no `cgroup` that would enforce them. Before anything is acquired.
+pub(crate) fn prepare(
+    settings: &Settings,
+    config: &mut Value,
+    holder: &Holder,
+    request: &Request,
+    cgroup: bool,
+) -> Result<Majors> {
+    let prepared = strip_and_check(settings, config, holder.bundle.as_deref(), cgroup);
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
 
-fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>) -> Result<Majors> {
+fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>, cgroup: bool) -> Result<Majors> {
     let majors = engine::host_of(settings).majors()?;
     edits::strip(config, majors);
-    check(settings, config, majors, bundle)?;
+    check(settings, config, majors, bundle, cgroup)?;
     Ok(majors)
 }
 
 /// Refuses a container whose /dev is not its own, or whose rules open NVIDIA devices.
-pub(crate) fn check(settings: &Settings, config: &Value, majors: Majors, bundle: Option<&Path>) -> Result<()> {
+pub(crate) fn check(
+    settings: &Settings,
+    config: &Value,
+    majors: Majors,
+    bundle: Option<&Path>,
+    cgroup: bool,
+) -> Result<()> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
     if bundle::dev_is_link(config, bundle) {
         return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
     }
-    match edits::open_rule(config, majors) {
+    // Without root nothing enforces them in any case (docs/engines-rootless.md).
+    let open = if cgroup || settings.rootless.is_some() {
+        edits::open_rule(config, majors)
+    } else {
+        Some("it runs without a cgroup, so nothing enforces its device rules".into())
+    };
+    match open {
         Some(why) if !settings.open_device_rules => Err(Refused(format!(
-            "the container would reach other slices than its own: {why}; start it without --privileged and without \
-             wide --device-cgroup-rule, or set requests.open_device_rules = true where that is meant"
+            "the container would reach other slices than its own: {why}; start it without --privileged, wide \
+             --device-cgroup-rule and --cgroups=disabled, or set requests.open_device_rules = true where that is meant"
         ))
         .into()),
         _ => Ok(()),

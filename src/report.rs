@@ -98,6 +98,13 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if cause.is::<Refused>() {
         return Some(Exit::NotAllowed);
     }
+    if cause.is::<Unusable>() {
+        return Some(Exit::BadRequest);
+    }
+    if let Some(io) = cause.downcast_ref::<io::Error>() {
+        let forbidden = matches!(io.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
+        return Some(if forbidden { Exit::NotAllowed } else { Exit::Io });
+    }
     cause.is::<Misused>().then_some(Exit::Usage)
 }
 
@@ -105,6 +112,11 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Refused(pub String);
+
+/// A file, or a part of this installation, that can't be used as it is.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
 
 /// A wrong command line.
 #[derive(Debug, thiserror::Error)]

@@ -153,6 +153,12 @@ pub enum RequestError {
         /// The valid ones, the most similar one first.
         valid: String,
     },
+    /// Quotes that were meant for somebody else.
+    #[error("annotation {key}: leave the quotes out; only podman before 5.0 needs them, around a value with commas")]
+    Quoted {
+        /// The annotation, safe to print.
+        key: String,
+    },
     /// `mig.profile/NAME` with a NAME that no container has.
     #[error(
         "annotation {key}: what follows the / must be a container's name of at most 128 letters, digits, '.', '_' or '-'"
@@ -203,8 +209,11 @@ pub fn from_annotations<'a>(
     let mut named = Asked::default();
     let mut any_named = false;
     for (key, value) in annotations {
-        if !key.starts_with("mig.") || key == "mig.lease" {
+        if !crate::first::ours(key) || key == "mig.lease" {
             continue;
+        }
+        if key.starts_with('"') {
+            return Err(RequestError::Quoted { key: shown(key) });
         }
         let (base, name) = match key.split_once('/') {
             Some((base, name)) => (base, Some(name)),
@@ -601,6 +610,7 @@ mod tests {
             assert!(text.bytes().all(|b| !b.is_ascii_control()), "{text}");
         }
         assert!(refusal(&[(&format!("mig.{}", "x".repeat(100_000)), "1")]).len() < 300);
+        assert!(refusal(&[("\"mig.profile", "1g.10gb,1g.10gb\"")]).contains("leave the quotes out"));
     }
 
     #[test]

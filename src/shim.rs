@@ -114,7 +114,7 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     {
         return Ok(None); // podman's hook was here before us and releases by the same token
     }
-    let majors = hook::prepare(settings, &mut value, &holder, &request)?;
+    let majors = hook::prepare(settings, &mut value, &holder, &request, !plan.no_cgroup)?;
     let lease = engine.acquire(&request, &holder)?;
     let token = lease.token.clone();
     let put = hook::edit(settings, &lease, majors, &mut value, holder.pid_file.is_none())

@@ -171,7 +171,7 @@ fn every_refusal_is_one_audit_line() {
 fn configs_that_cannot_be_read_are_refused_and_stay_as_they_are() {
     let world = World::new(&["a100-sxm4-80gb"]);
     world.recording_runtime(0);
-    let asks = r#""annotations":{"mig.profile":"1g.10gb"},"process":{"env":[]},"linux":{}"#;
+    let asks = r#""annotations":{"mig.profile":"1g.10gb"},"process":{"env":[]},"linux":{"cgroupsPath":"/none"}"#;
     let long = "A".repeat(10_000);
     let deep = format!("{{{asks},\"x\":{}{}}}", "[".repeat(50_000), "]".repeat(50_000));
     let cases: Vec<(&str, String, i32, Vec<&str>)> = vec![
@@ -206,23 +206,21 @@ fn configs_that_cannot_be_read_are_refused_and_stay_as_they_are() {
             BAD_REQUEST,
             vec!["is there twice"],
         ),
-        ("no process", r#"{"annotations":{"mig.profile":"1g.10gb"}}"#.into(), BAD_REQUEST, vec!["process"]),
+        ("no process", format!("{{{}}}", asks.replace("process", "x")), BAD_REQUEST, vec!["process"]),
+        ("env of another kind", format!("{{{}}}", asks.replace("[]", "{}")), BAD_REQUEST, vec!["process.env"]),
         (
-            "env of another kind",
-            r#"{"annotations":{"mig.profile":"1g.10gb"},"process":{"env":{}}}"#.into(),
+            "devices of another kind",
+            format!("{{{}}}", asks.replace("\"/none\"", "\"/none\",\"devices\":7")),
             BAD_REQUEST,
-            vec!["process.env"],
-        ),
-        (
-            "linux of another kind",
-            r#"{"annotations":{"mig.profile":"1g.10gb"},"process":{},"linux":[]}"#.into(),
-            BAD_REQUEST,
-            vec!["linux"],
+            vec!["devices is not an array"],
         ),
     ];
     for (name, config, expected, words) in &cases {
         refused(&world, name, config.as_bytes(), *expected, words);
     }
+    // To precreate that is a container without a cgroup.
+    let linux = br#"{"annotations":{"mig.profile":"1g.10gb"},"process":{},"linux":[]}"#;
+    refused_by_shim(&world, "linux of another kind", &[], linux, BAD_REQUEST, &["linux"]);
     refused(&world, "no text", b"{\"annotations\":{\"mig.profile\":\"\xff\"}}", BAD_REQUEST, &["not valid JSON"]);
     world.assert_clean("after refusals only");
 }

@@ -7,17 +7,33 @@
 
 #[path = "containers/cdi.rs"]
 mod cdi;
+#[path = "containers/cgroup2.rs"]
+mod cgroup2;
 mod common;
+#[path = "containers/compose.rs"]
+mod compose;
+#[path = "containers/configured.rs"]
+mod configured;
+#[path = "containers/containerd.rs"]
+mod containerd;
+#[path = "containers/cri.rs"]
+mod cri;
 #[path = "containers/crowd.rs"]
 mod crowd;
+#[path = "containers/daemon.rs"]
+mod daemon;
 #[path = "containers/docker.rs"]
 mod docker;
 #[path = "containers/hostile.rs"]
 mod hostile;
 #[path = "containers/killed.rs"]
 mod killed;
+#[path = "containers/kubernetes.rs"]
+mod kubernetes;
 #[path = "containers/podman.rs"]
 mod podman;
+#[path = "containers/pods.rs"]
+mod pods;
 #[path = "containers/rootless.rs"]
 mod rootless;
 #[path = "containers/runtimes.rs"]
@@ -51,12 +67,24 @@ static WORLD: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
     if !why.is_empty() {
         return Err(why);
     }
-    let up = "for engine in podman docker; do \"$0\" up $engine || rm -f \"$ENG_DIR/bin/$engine\"; done\n\
-              export TMPDIR=$ENG_DIR/tmp; exec \"$@\"";
     let mut command = Command::new(ENGINES);
-    command.args(["isolate", "bash", "-c", up, ENGINES]).args(std::env::args_os());
+    command.args(["isolate", ENGINES, "with", "podman docker"]).args(std::env::args_os());
     Err(format!("cannot start again in the engines' world: {}", command.exec()))
 });
+
+/// Held while daemon.json is changed: how many runtimes were added to it.
+static DAEMON: Mutex<u32> = Mutex::new(0);
+
+/// Notes that this test, or what is left of it, can't run here.
+fn skip(why: &str) -> Option<Site> {
+    common::skip(std::thread::current().name().unwrap_or("containers"), why);
+    None
+}
+
+/// Whether cgroup v2 is all that this world has.
+fn cgroup_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
 
 /// A simulated machine of its own, settings, state, and the engines to run containers with.
 struct Site {
@@ -74,18 +102,13 @@ impl Deref for Site {
 impl Site {
     /// The machine of the demo. `None`, and noted, where real containers or one of these engines can't be had.
     fn new(engines: &[&str]) -> Option<Site> {
-        let skip = |why: &str| {
-            common::skip(std::thread::current().name().unwrap_or("containers"), why);
-            None
-        };
         let dir = match WORLD.as_ref() {
             Ok(dir) => dir.clone(),
             Err(why) => return skip(why),
         };
-        let path = std::env::join_paths([dir.join("bin"), "/usr/bin".into(), "/usr/sbin".into()]).unwrap();
         let there = |engine: &str| match engine {
             "podman" | "docker" | "ctr" => dir.join("bin").join(engine).exists(),
-            runtime => std::env::split_paths(&path).any(|dir| dir.join(runtime).exists()),
+            runtime => found(runtime).is_some(),
         };
         if !dir.join("rootfs.tar").exists() {
             return skip("the image could not be made");
@@ -100,12 +123,42 @@ impl Site {
         hook["hook"]["path"] = json!(binaries().join("mig-hook"));
         hook["hook"]["args"] = json!(["mig-hook", "--config", site.config(), "precreate"]);
         site.write("hooks.d/mig-hook-precreate.json", &hook.to_string());
+        let world = std::fs::read_to_string(site.dir.join("podman/containers.conf")).unwrap_or_default();
+        let hooks = site.dir.join("podman/hooks.d").display().to_string();
+        site.write("containers.conf", &world.replace(&hooks, &site.shown("hooks.d")));
         Some(site)
     }
 
-    /// podman with our precreate hook, and that runtime below it.
+    /// The same on cgroup v2. Where that is not what this world has, the test is started again in one that does, and is
+    /// over here. One that runs nowhere else has `on_cgroup_v2` in its name, by which scripts/test-engines knows it.
+    fn on_cgroup_v2(engines: &[&str]) -> Option<Site> {
+        if WORLD.is_err() || cgroup_v2() {
+            return Site::new(engines);
+        }
+        let why = must(Command::new(ENGINES).arg("why-not").env("ENG_CGROUPS", "2"));
+        if !why.is_empty() {
+            return skip(why.trim());
+        }
+        let needed: Vec<&str> = engines.iter().copied().filter(|e| ["podman", "docker"].contains(e)).collect();
+        let mut again = Command::new(ENGINES);
+        again.env("ENG_CGROUPS", "2").args(["isolate", ENGINES, "with", &needed.join(" ")]);
+        again.arg(std::env::current_exe().unwrap()).args(["--exact", std::thread::current().name().unwrap()]);
+        // More than one, or the test would run in the main thread and not know its name.
+        again.args(["--test-threads", "2"]);
+        let output = again.stdin(Stdio::null()).output().unwrap();
+        let said = text(&output);
+        // Set in, so that whoever counts results counts one.
+        assert!(
+            output.status.success() && said.contains("test result: ok. 1 passed"),
+            "on cgroup v2:\n    {}",
+            said.replace('\n', "\n    ")
+        );
+        None
+    }
+
+    /// podman with our precreate hook in a directory that containers.conf names, and that runtime below it.
     fn podman(&self, runtime: &str) -> Engine<'_> {
-        let env = vec![("ENG_RUNTIME", runtime.to_owned()), ("ENG_HOOKS_DIR", self.shown("hooks.d"))];
+        let env = vec![("ENG_RUNTIME", runtime.to_owned()), ("ENG_CONF", self.shown("containers.conf"))];
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
@@ -119,19 +172,17 @@ impl Site {
         podman
     }
 
-    /// podman without our hook, and our shim with these options as its runtime.
+    /// podman without our hook, and our shim with these options as the runtime `mig` of its containers.conf.
     fn podman_by_shim(&self, options: &str) -> Engine<'_> {
-        std::fs::create_dir_all(self.path("no-hooks")).unwrap();
-        let env = vec![
-            ("ENG_RUNTIME", self.wrapper(options).display().to_string()),
-            ("ENG_HOOKS_DIR", self.shown("no-hooks")),
-        ];
+        let world = std::fs::read_to_string(self.dir.join("podman/containers.conf")).unwrap();
+        let runtimes = format!("{world}[engine.runtimes]\nmig = [{:?}]\n", self.wrapper(options));
+        let conf = self.write("by-shim.conf", &runtimes).display().to_string();
+        let env = vec![("ENG_RUNTIME", "mig".to_owned()), ("ENG_CONF", conf)];
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
     /// docker with our shim, with these options, as a runtime that is chosen for each container that asks.
     fn docker(&self, options: &[&str]) -> Engine<'_> {
-        static DAEMON: Mutex<u32> = Mutex::new(0);
         let mut count = DAEMON.lock().unwrap();
         *count += 1;
         let name = format!("mig{count}");
@@ -245,6 +296,20 @@ impl Site {
         }
         devices.into_iter().filter(|device| probe.nodes.values().all(|(own, _)| own != device)).collect()
     }
+
+    /// A container may open what it was given, and nothing else: `try_devices` makes a node for each device in it and
+    /// tries to open that.
+    fn assert_confined(&self, probe: &Probe, try_devices: impl Fn(&[String]) -> BTreeMap<String, String>) {
+        let own: Vec<String> = probe.nodes.values().map(|(device, _)| device.clone()).collect();
+        let others = self.others(probe);
+        let verdicts = try_devices(&[own.clone(), others.clone()].concat());
+        let expected: BTreeMap<String, String> = own
+            .into_iter()
+            .map(|d| (d, "allowed".into()))
+            .chain(others.into_iter().map(|d| (d, "denied".into())))
+            .collect();
+        assert_eq!(verdicts, expected);
+    }
 }
 
 fn instances_of(machine: &Value) -> impl Iterator<Item = (&Value, &Value)> {
@@ -277,14 +342,20 @@ impl Engine<'_> {
         must(&mut self.command(args))
     }
 
+    /// podman before 5.0 reads --annotation as a line of CSV: https://github.com/containers/podman/pull/20945
+    fn reads_csv(&self) -> bool {
+        let version = self.ok(&["--version"]);
+        version.trim_start_matches("podman version ").split('.').next().unwrap().parse::<u32>().unwrap() < 5
+    }
+
     /// The options by which this engine's user asks, `mig.profile=1g.10gb` and so on.
     fn asking(&self, requests: &[&str]) -> Vec<String> {
         let variable = |request: &&str| {
             let (key, value) = request.split_once('=').unwrap();
             format!("{}={value}", key.to_uppercase().replace('.', "_"))
         };
-        // podman reads --annotation as a line of CSV.
-        let annotation = |r: &&str| if r.contains(',') { format!("\"{r}\"") } else { (*r).to_owned() };
+        let csv = self.runtime.is_none() && self.reads_csv();
+        let annotation = |r: &&str| if csv && r.contains(',') { format!("\"{r}\"") } else { (*r).to_owned() };
         match &self.runtime {
             None => requests.iter().flat_map(|r| ["--annotation".into(), annotation(r)]).collect(),
             Some(name) => {
@@ -335,20 +406,22 @@ impl Engine<'_> {
 
     /// The container may open what it was given, and nothing else.
     fn assert_confined(&self, id: &str, probe: &Probe) {
-        let own: Vec<String> = probe.nodes.values().map(|(device, _)| device.clone()).collect();
-        let others = self.site.others(probe);
-        let verdicts = self.try_devices(id, &[own.clone(), others.clone()].concat());
-        let expected: BTreeMap<String, String> = own
-            .into_iter()
-            .map(|d| (d, "allowed".into()))
-            .chain(others.into_iter().map(|d| (d, "denied".into())))
-            .collect();
-        assert_eq!(verdicts, expected);
+        self.site.assert_confined(probe, |devices| self.try_devices(id, devices));
     }
 
     /// A field of `inspect`.
     fn inspect(&self, id: &str, field: &str) -> String {
         self.ok(&["inspect", "--format", &format!("{{{{{field}}}}}"), id]).trim().to_owned()
+    }
+
+    /// Why docker can't be asked by annotation: that needs API 1.43 (docker 24).
+    fn hears_annotations(&self) -> Result<(), String> {
+        let api = self.ok(&["version", "--format", "{{.Server.APIVersion}} {{.Client.APIVersion}}"]);
+        let minor = |version: &str| version.trim_start_matches("1.").parse::<u32>().unwrap();
+        match api.split_whitespace().map(minor).min() {
+            Some(43..) => Ok(()),
+            _ => Err(format!("docker's API is {} here, and has annotations from 1.43 on", api.trim())),
+        }
     }
 
     fn pid(&self, id: &str) -> u32 {
@@ -446,8 +519,13 @@ fn pids_of(words: &[&str]) -> Vec<u32> {
     processes.filter_map(pid).collect()
 }
 
-/// A program of the machine's, absolute.
+/// A program of the machine's, absolute; or what the engines' world has in its place.
+fn found(program: &str) -> Option<PathBuf> {
+    let ours = WORLD.as_ref().ok().map(|dir| dir.join("bin"));
+    let dirs = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(PathBuf::from);
+    ours.into_iter().chain(dirs).map(|dir| dir.join(program)).find(|path| path.exists())
+}
+
 fn installed(program: &str) -> PathBuf {
-    let dirs = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"].map(Path::new);
-    dirs.iter().map(|dir| dir.join(program)).find(|path| path.exists()).unwrap_or_else(|| panic!("no {program}"))
+    found(program).unwrap_or_else(|| panic!("no {program}"))
 }

@@ -56,6 +56,20 @@ fn precreate_prints_the_edited_config_and_nothing_else() {
 }
 
 #[test]
+fn a_container_without_a_cgroup_is_refused_since_nothing_enforces_its_device_rules() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let mut config = asked();
+    config["linux"].as_object_mut().unwrap().remove("cgroupsPath");
+    let output = world.hook(&["precreate"], config.to_string().as_bytes());
+    assert_eq!(code(&output), 77, "{}", text(&output));
+    assert!(text(&output).contains("without a cgroup") && text(&output).contains("--cgroups=disabled"));
+    world.assert_clean("after the refusal");
+    world.settings("[requests]\nopen_device_rules = true");
+    let output = world.hook(&["precreate"], config.to_string().as_bytes());
+    assert_eq!(code(&output), 0, "{}", text(&output));
+}
+
+#[test]
 fn the_hooks_that_were_written_run_as_written() {
     let world = World::new(&["a100-sxm4-80gb"]);
     let (edited, _) = precreate(&world);

@@ -572,6 +572,14 @@ fn device_rules_that_open_other_slices_are_refused_unless_the_settings_allow_the
         assert_refused(&world, &output, 77, &[part, "--privileged", "requests.open_device_rules = true"]);
         assert_eq!(std::fs::read(bundle.join("config.json")).unwrap(), before, "{name}");
     }
+    let bundle = world.bundle("c1", &config(profile("1g.10gb"), &[]));
+    let output = create(&world, &["--cgroup-manager", "disabled"], &bundle, "c1");
+    assert_refused(
+        &world,
+        &output,
+        77,
+        &["without a cgroup", "--cgroups=disabled", "requests.open_device_rules = true"],
+    );
     world.settings(&format!("[runtime]\npath = \"{}\"\n[requests]\nopen_device_rules = true", runtime.display()));
     for (name, rules, _) in &rules {
         let mut open = config(profile("1g.10gb"), &[]);

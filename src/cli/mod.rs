@@ -12,6 +12,7 @@ use crate::config::Settings;
 use crate::report::{self, Exit};
 
 mod cdi;
+mod configure;
 mod gc;
 mod leases;
 mod list;
@@ -20,7 +21,7 @@ mod release;
 /// Version of every verb's `--json` document.
 const JSON_VERSION: u32 = 1;
 
-/// See and free the MIG slices that containers hold.
+/// See and free the MIG slices that containers hold, and make engines give them.
 #[derive(Debug, Parser)]
 #[command(name = "migctl", version, max_term_width = 100)]
 pub struct Args {
@@ -46,6 +47,8 @@ enum Verb {
     Gc,
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
+    /// Register mig-hook with a container engine, or take it out again
+    Configure(configure::Args),
 }
 
 /// Parses the command line, runs the verb, and turns the outcome into an exit code.
@@ -77,6 +80,7 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Gc => gc::run(&settings, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings, verb),
+        Verb::Configure(verb) => configure::run(&settings, verb, args.json),
     }
 }
 

@@ -197,6 +197,7 @@ pub fn config(annotations: Value, env: &[&str]) -> Value {
         "annotations": annotations,
         "x-future": {"kept": [1, 2.5, null, "ü"]},
         "linux": {
+            "cgroupsPath": "/mig-hook-tests/none",
             "resources": {"devices": [{"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "access": "m"}]},
             "namespaces": [{"type": "mount"}, {"type": "pid"}],
         },

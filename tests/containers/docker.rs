@@ -1,17 +1,17 @@
-//! docker by runtime, and containerd by ctr.
+//! docker by runtime.
 
-use std::process::Command;
-
-use serde_json::json;
-
-use crate::common::{run, text, wait_for};
-use crate::{Probe, SOON, Site, kill, must, pids_of};
+use crate::common::{run, skip, text, wait_for};
+use crate::{IMAGE, PROBE_AND_WAIT, Probe, SOON, Site, kill, must, pids_of};
 
 const BY_NAME: &[&str] = &["--mig-env"];
 
 #[test]
 fn two_at_once_open_their_own_slice_and_no_other() {
-    let Some(site) = Site::new(&["docker"]) else { return };
+    each_has_its_own(Site::new(&["docker"]));
+}
+
+pub fn each_has_its_own(site: Option<Site>) {
+    let Some(site) = site else { return };
     let docker = site.docker(BY_NAME);
     let one = docker.start(&["mig.profile=2g.20gb"]);
     let two = docker.start(&["mig.profile=1g.10gb,1g.10gb"]);
@@ -30,7 +30,11 @@ fn two_at_once_open_their_own_slice_and_no_other() {
 
 #[test]
 fn every_end_gives_the_slice_back() {
-    let Some(site) = Site::new(&["docker"]) else { return };
+    ends(Site::new(&["docker"]));
+}
+
+pub fn ends(site: Option<Site>) {
+    let Some(site) = site else { return };
     let docker = site.docker(BY_NAME);
     let ask = ["mig.profile=1g.10gb"];
     for code in [0, 3] {
@@ -112,53 +116,81 @@ fn a_killed_containerd_shim_frees_its_slice() {
     docker.ok(&["rm", "-f", &id]);
 }
 
-/// ctr takes the path of a runtime and no options for it, hence the wrapper script; and no image is needed.
-struct Ctr<'a> {
-    site: &'a Site,
-    wrapper: String,
-}
+#[test]
+fn each_life_of_a_restart_policy_has_its_own_slice() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let ask = ["mig.profile=1g.10gb"];
+    let id = must(&mut docker.request(&ask, &["-d", "--restart=always"], &["sleep", "600"])).trim().to_owned();
+    let first = site.lease()["token"].clone();
+    kill(docker.pid(&id));
+    wait_for("the second life", SOON, || site.audited("grant") == 2 && docker.inspect(&id, ".State.Running") == "true");
+    assert_ne!(site.lease()["token"], first);
+    assert_eq!((site.audited("release"), site.instances().len()), (1, 1));
+    docker.ok(&["stop", "-t", "0", &id]);
+    site.clean("after stop: no third life");
+    docker.ok(&["rm", &id]);
 
-impl Ctr<'_> {
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(self.site.dir.join("bin/ctr"));
-        command.args(words);
-        command
-    }
-
-    fn run(&self, annotation: &str, options: &[&str], id: &str, words: &[&str]) -> Command {
-        let mut command = self.command(&["run", "--runc-binary", &self.wrapper, "--annotation", annotation]);
-        command.args(["--cgroup", &self.site.cgroup(id), "--null-io", "--env", "PATH=/bin", "--rootfs"]).args(options);
-        command.arg(self.site.dir.join("rootfs")).arg(id).args(words);
-        command
-    }
+    let id = must(&mut docker.request(&ask, &["-d", "--restart=on-failure:2"], &["false"]));
+    wait_for("the third life's end", SOON, || site.audited("grant") == 5 && site.audited("release") == 5);
+    assert_eq!(docker.inspect(id.trim(), ".RestartCount"), "2");
+    site.assert_clean("after the last life: at once");
+    docker.ok(&["rm", id.trim()]);
 }
 
 #[test]
-fn containerd_by_ctr() {
-    let Some(site) = Site::new(&["docker", "ctr"]) else { return };
-    let ctr = Ctr { site: &site, wrapper: site.wrapper("").display().to_string() };
-    let id = format!("ctr-{}", std::process::id());
-    let ask = "mig.profile=1g.10gb";
-    // The container's output goes to containerd's log fifo; what it saw is taken from a session in it.
-    must(&mut ctr.run(ask, &["-d"], &id, &["/bin/sleep", "600"]));
-    let lease = site.lease();
-    assert_eq!(lease["holder"]["container"], json!(id));
-    let seen = Probe::read(&must(&mut ctr.command(&["task", "exec", "--exec-id", "x", &id, "/bin/mig-probe"])));
-    site.assert_given(&seen, &["1g.10gb"]);
-    must(&mut ctr.command(&["task", "kill", "-s", "KILL", &id]));
-    wait_for("the end of the task", SOON, || {
-        must(&mut ctr.command(&["task", "ls"])).lines().any(|l| l.starts_with(&id) && l.contains("STOPPED"))
-    });
-    // A stopped task that nobody deletes: engines call nothing then, gc sees that its first process is dead.
-    assert_eq!(site.gc(), ["freed"]);
-    site.assert_clean("after gc");
-    must(&mut ctr.command(&["task", "delete", &id]));
-    must(&mut ctr.command(&["container", "delete", &id]));
+fn what_was_created_may_be_started_later() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let asking = docker.asking(&["mig.profile=1g.10gb"]);
+    let asking: Vec<&str> = asking.iter().map(String::as_str).collect();
+    let id = docker.ok(&[&["create"], &asking[..], &[IMAGE, "sh", "-c", PROBE_AND_WAIT]].concat()).trim().to_owned();
+    site.assert_clean("created: nothing is cut before a start");
+    docker.ok(&["start", &id]);
+    site.assert_given(&docker.probe(&id), &["1g.10gb"]);
+    docker.ok(&["rm", "-f", &id]);
+    site.assert_clean("after rm -f: at once");
+}
 
-    let output = run(&mut ctr.run("mig.profile=3g.13gb", &["--rm"], &format!("{id}-bad"), &["/bin/true"]));
-    assert!(!output.status.success() && text(&output).contains("mig: "), "{}", text(&output));
-    assert!(text(&output).contains("3g.13gb") && text(&output).contains("1g.10gb"), "{}", text(&output));
-    must(&mut ctr.run(ask, &["--rm"], &format!("{id}-rm"), &["/bin/true"]));
-    site.clean("after ctr run --rm");
-    assert_eq!((site.audited("grant"), site.audited("release")), (2, 2));
+#[test]
+fn beside_one_that_does_not_ask() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(BY_NAME);
+    let asking = docker.start(&["mig.profile=1g.10gb"]);
+    let plain = docker.ok(&["run", "-d", "--cap-add", "MKNOD", IMAGE, "sh", "-c", PROBE_AND_WAIT]).trim().to_owned();
+    let by_shim = docker.start(&[]);
+    assert_eq!((site.leases().len(), site.instances().len()), (1, 1));
+    let everything = site.others(&Probe::default());
+    for id in [&plain, &by_shim] {
+        assert!(docker.probe(id).is_empty(), "no node and no variable");
+        let verdicts = docker.try_devices(id, &everything);
+        assert_eq!(verdicts.len(), everything.len());
+        assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
+    }
+    docker.ok(&["rm", "-f", &plain, &by_shim]);
+    site.assert_given(&docker.probe(&asking), &["1g.10gb"]);
+    docker.ok(&["rm", "-f", &asking]);
+    site.assert_clean("after rm -f: at once");
+}
+
+#[test]
+fn an_annotation_needs_no_option_of_the_runtime() {
+    let Some(site) = Site::new(&["docker"]) else { return };
+    let docker = site.docker(&[]);
+    if let Err(why) = docker.hears_annotations() {
+        return skip("docker run --annotation", &why);
+    }
+    let runtime = docker.runtime.clone().unwrap();
+    let options = ["run", "-d", "--cap-add", "MKNOD", "--runtime", &runtime, "--annotation"];
+    let id = docker.ok(&[&options[..], &["mig.profile=1g.10gb", IMAGE, "sh", "-c", PROBE_AND_WAIT]].concat());
+    let id = id.trim();
+    let seen = docker.probe(id);
+    site.assert_given(&seen, &["1g.10gb"]);
+    docker.assert_confined(id, &seen);
+    docker.ok(&["restart", "-t", "0", id]);
+    assert_eq!((site.leases().len(), site.audited("grant")), (1, 2));
+    docker.ok(&["rm", "-f", id]);
+    site.assert_clean("after rm -f: at once");
+    let output = docker.run(&[&options[..], &["mig.profile=3g.13gb", IMAGE, "true"]].concat());
+    assert!(!output.status.success() && text(&output).contains("3g.13gb"), "{}", text(&output));
 }

@@ -1,12 +1,13 @@
 //! Processes of the engines that are killed, and what becomes of the slice.
 
 use std::fs::File;
+use std::path::Path;
 use std::process::Stdio;
 
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::common::{run, text, wait_for};
-use crate::{SOON, Site, kill};
+use crate::common::{run, skip, text, wait_for};
+use crate::{Engine, SOON, Site, kill, must};
 
 #[test]
 fn a_killed_first_process_frees_its_slice_at_once() {
@@ -22,7 +23,11 @@ fn a_killed_first_process_frees_its_slice_at_once() {
 
 #[test]
 fn a_container_outlives_its_conmon_and_keeps_its_slice_until_it_ends() {
-    let Some(site) = Site::new(&["podman"]) else { return };
+    conmon(Site::new(&["podman"]));
+}
+
+pub fn conmon(site: Option<Site>) {
+    let Some(site) = site else { return };
     let podman = site.podman("runc");
     let id = podman.start(&["mig.profile=1g.10gb"]);
     let init = podman.pid(&id);
@@ -35,6 +40,60 @@ fn a_container_outlives_its_conmon_and_keeps_its_slice_until_it_ends() {
     site.assert_clean("after gc");
     run(&mut podman.command(&["rm", "-f", "-t", "0", &id]));
     site.assert_clean("after rm");
+}
+
+/// podman 4.3 calls no poststop then, later ones do.
+#[test]
+fn what_podman_removes_after_its_conmon_was_killed_is_freed_by_gc_at_the_latest() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        let podman = site.podman(runtime);
+        let id = podman.start(&["mig.profile=1g.10gb"]);
+        let conmon = std::fs::read_to_string(podman.inspect(&id, ".ConmonPidFile")).unwrap();
+        kill(conmon.trim().parse().unwrap());
+        assert_eq!(site.gc(), ["kept"], "its first process lives");
+        run(&mut podman.command(&["rm", "-f", "-t", "0", &id]));
+        wait_for("gc frees it", SOON, || !site.gc().contains(&"kept".to_owned()));
+        site.assert_clean("after gc");
+    }
+}
+
+/// A first process that the kernel kills for its memory.
+fn out_of_memory(engine: &Engine, when: &str) {
+    let options = ["-d", "--memory", "32m", "--memory-swap", "32m"];
+    let mut command = engine.request(&["mig.profile=1g.10gb"], &options, &["tail", "/dev/zero"]);
+    // conmon leaves a file `oom` where it was started.
+    let id = must(command.current_dir(engine.site.path("")));
+    wait_for("its end", SOON, || engine.inspect(id.trim(), ".State.Running") == "false");
+    // SIGKILL, and none of ours. podman 4.3 has .State.OOMKilled, but leaves it false.
+    assert_eq!(engine.inspect(id.trim(), ".State.ExitCode"), "137");
+    engine.site.clean(when);
+    assert_eq!((engine.site.audited("grant"), engine.site.audited("release")), (1, 1));
+    engine.ok(&["rm", id.trim()]);
+}
+
+/// Whether a container's memory can be limited here.
+fn memory_is_limited() -> bool {
+    let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    let there = Path::new("/sys/fs/cgroup/memory").is_dir() || controllers.split_whitespace().any(|c| c == "memory");
+    if !there {
+        skip("out of memory", "there is no memory controller");
+    }
+    there
+}
+
+#[test]
+fn one_that_is_out_of_memory_frees_its_slice_at_once() {
+    for runtime in ["runc", "crun"] {
+        let Some(site) = Site::new(&["podman", runtime]) else { continue };
+        if memory_is_limited() {
+            out_of_memory(&site.podman(runtime), "after an OOM kill, without gc");
+        }
+    }
+    let Some(site) = Site::new(&["docker"]) else { return };
+    if memory_is_limited() {
+        out_of_memory(&site.docker(&["--mig-env"]), "after an OOM kill, without gc");
+    }
 }
 
 #[test]
@@ -99,6 +158,11 @@ fn orphan(runtime: &str) {
     child.wait().unwrap();
     drop(lock);
     wait_for("the container is bound", SOON, || !site.lease()["holder"]["init"].is_null());
+    // Not before crun's create is over: what it writes into a directory that is removed meanwhile is lost.
+    let id = site.lease()["holder"]["container"].as_str().unwrap().to_owned();
+    wait_for("the end of create", SOON, || {
+        text(&run(std::process::Command::new(runtime).args(["state", &id]))).contains("\"created\"")
+    });
     assert_eq!(site.gc(), ["kept"], "it could still be started");
     run(&mut podman.command(&["rm", "-f", "-t", "0", &name]));
 
