@@ -72,7 +72,8 @@ fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> 
     let nodes = engine::nodes_of(&host, &held, majors);
     hook::check_modes(settings, &nodes)?;
     edits::drop_rules_of(&mut config, &nodes);
-    hook::check(settings, &config, majors, Some(bundle), holder.cgroup.is_some())
+    let named = config.pointer("/linux/cgroupsPath").is_some_and(Value::is_string);
+    hook::check(settings, &config, majors, Some(bundle), named || holder.cgroup.is_some())
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.

@@ -41,6 +41,13 @@ fn spec_in(path: &PathBuf) -> Option<Value> {
     std::fs::read(path).ok().map(|bytes| serde_json::from_slice(&bytes).unwrap())
 }
 
+/// A config with a cgroup, as engines write them.
+fn ordinary() -> Value {
+    let mut config = config(json!({}), &[]);
+    config["linux"]["cgroupsPath"] = json!("/engine/container");
+    config
+}
+
 /// A container that a runtime is creating: it waits for its hooks.
 struct Created {
     id: &'static str,
@@ -50,7 +57,7 @@ struct Created {
 
 impl Created {
     fn new(world: &World, id: &'static str) -> Created {
-        Created { id, bundle: world.bundle(id, &config(json!({}), &[])), init: Init::start() }
+        Created { id, bundle: world.bundle(id, &ordinary()), init: Init::start() }
     }
 
     /// Runs a hook of the spec, as a runtime does.
@@ -157,7 +164,7 @@ fn a_spec_is_taken_once_and_stays_offered() {
 
 /// A config as an engine writes it from our spec: the nodes' rules and the hooks of these slices, and one rule more.
 fn given(world: &World, slices: &[String], more: Value) -> Value {
-    let mut config = config(json!({}), &[]);
+    let mut config = ordinary();
     let spec = world.document(&["cdi"]);
     let devices = spec["devices"].as_array().unwrap().iter();
     let (mut rules, mut hooks) = (vec![json!({"allow": false, "access": "rwm"})], vec![]);
@@ -201,6 +208,13 @@ fn a_container_that_reaches_more_than_its_devices_is_refused() {
         }
         assert!(container.hook(&world, "poststop", &slices[0]).status.success());
     }
+
+    let loose = Created::new(&world, "loose");
+    let mut config = ordinary();
+    config["linux"].as_object_mut().unwrap().remove("cgroupsPath");
+    world.bundle("loose", &config);
+    let output = loose.hook(&world, "createRuntime", &slices[0]);
+    assert!(code(&output) == 77 && text(&output).contains("without a cgroup"), "{}", text(&output));
 
     // Two slices: one is no stranger to the other, as many as the limit allows.
     for (limit, fits) in [(2, true), (1, false)] {

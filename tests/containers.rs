@@ -162,9 +162,10 @@ impl Site {
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
-    /// The same with a store of its own: every podman that starts takes the others' directories from mapped users again.
+    /// The same with a store of this test's own: every podman that starts takes the others' directories from mapped users
+    /// again.
     fn podman_alone(&self, runtime: &str) -> Engine<'_> {
-        let store = self.dir.join(format!("alone-{runtime}"));
+        let store = self.dir.join(self.path("").file_name().unwrap());
         std::fs::create_dir_all(&store).unwrap();
         let mut podman = self.podman(runtime);
         podman.env.push(("ENG_STORE", store.display().to_string()));
