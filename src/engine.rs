@@ -568,6 +568,28 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// The leases that a container's own hooks took, without a token in its config: by id and, since ids come again under
+    /// other runtime roots, by bundle where both are known.
+    pub fn leases_of_hooks(&self, way: Way, container: &str, bundle: Option<&Path>) -> Result<Vec<Lease>, Failure> {
+        let mut leases = self.leases()?;
+        leases.retain(|lease| {
+            let holder = &lease.holder;
+            let bundles = holder.bundle.as_deref().zip(bundle);
+            holder.way == way
+                && holder.container.as_deref() == Some(container)
+                && bundles.is_none_or(|(theirs, given)| theirs == given)
+        });
+        Ok(leases)
+    }
+
+    /// Whether a lease stands that this container has, or is about to be bound to.
+    pub fn serves(&self, token: &str, container: &str) -> Result<bool, Failure> {
+        let lease = self.store.get::<Lease>(token, VERSION)?;
+        Ok(lease.is_some_and(|lease| {
+            lease.state == State::Active && lease.holder.container.as_deref().is_none_or(|id| id == container)
+        }))
+    }
+
     /// The lease of a container of the shim's, by runtime root and id.
     pub fn lease_of(&self, root: Option<&Path>, id: &str) -> Result<Option<Lease>, Failure> {
         let Some(token) = index_name(root, id).and_then(|name| self.store.indexed(&name)) else { return Ok(None) };

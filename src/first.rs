@@ -339,6 +339,9 @@ pub fn asked(config: &[u8], env: bool) -> Asked {
     }
 }
 
+/// Annotations that say `sandbox` of a Kubernetes pod's sandbox: containerd's and CRI-O's.
+pub const SANDBOX_KEYS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+
 /// The variables that ask for a slice: the keys upper-cased, dots to underscores.
 pub const REQUEST_VARIABLES: [&str; 4] = ["MIG_PROFILE", "MIG_MEMORY", "MIG_GPU", "MIG_UUID"];
 
@@ -376,7 +379,7 @@ impl<'de> Deserialize<'de> for Keys {
                 let mut keys = Keys::default();
                 while let Some(Text(key)) = map.next_key()? {
                     match key.as_ref() {
-                        "io.kubernetes.cri.container-type" | "io.kubernetes.cri-o.ContainerType" => {
+                        known if SANDBOX_KEYS.contains(&known) => {
                             keys.sandbox |= map.next_value::<Text>()?.0 == "sandbox";
                         }
                         other => {

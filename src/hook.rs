@@ -1,5 +1,5 @@
-//! `mig-hook STAGE`: podman's precreate (config on stdin, edited config on stdout), and the createRuntime and poststop hooks
-//! that an edited config carries.
+//! `mig-hook STAGE`: podman's precreate (config on stdin, edited config on stdout), the createRuntime and poststop hooks
+//! that an edited config carries, and those that were registered by hand (`classic`).
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::bundle;
+use crate::classic;
 use crate::config::Settings;
 use crate::edits::{self, Edit, Given, HookCall};
 use crate::engine::{self, Binding, Engine, Failure, Released};
@@ -25,6 +26,7 @@ struct Call {
     config: Option<PathBuf>,
     stage: String,
     lease: Option<String>,
+    slice: Option<String>,
 }
 
 /// Runs a stage. poststop ends with 0 whatever happens: runc 1.3 and youki fail `delete` otherwise.
@@ -53,25 +55,22 @@ fn run(call: &Call, settings: &Settings) -> Result<()> {
         ("precreate", _) => precreate(settings),
         ("createRuntime", Some(token)) => bind(settings, token),
         ("poststop", Some(token)) => poststop(settings, token),
-        ("createRuntime" | "poststop", None) => Err(Misused(format!(
-            "{} needs --lease TOKEN: such a hook is written into a config by precreate or mig-runtime, not by hand",
-            call.stage
-        ))
-        .into()),
+        ("createRuntime" | "prestart", None) => classic::create(settings, call.slice.as_deref()),
+        ("poststop", None) => classic::end(settings, call.slice.as_deref()),
         // These run in the container's world, with its root, its environment or both.
         (stage @ ("createContainer" | "startContainer"), _) => Err(Refused(format!(
             "mig-hook does not run as a {stage} hook: that stage is under the container's control"
         ))
         .into()),
-        (stage, _) => {
-            Err(Misused(format!("unknown hook stage {stage:?}; valid are precreate, createRuntime and poststop"))
-                .into())
-        }
+        (stage, _) => Err(Misused(format!(
+            "unknown hook stage {stage:?}; valid are precreate, createRuntime, prestart and poststop"
+        ))
+        .into()),
     }
 }
 
 fn parse(args: &[OsString]) -> Result<Call> {
-    let mut call = Call { config: None, stage: String::new(), lease: None };
+    let mut call = Call { config: None, stage: String::new(), lease: None, slice: None };
     let mut words = args.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().cloned().ok_or_else(|| Misused(format!("{} needs a value", word.display())));
@@ -82,10 +81,11 @@ fn parse(args: &[OsString]) -> Result<Call> {
                 let plain = token.to_str().filter(|t| first::plain_name(t));
                 call.lease = Some(plain.ok_or_else(|| Misused("--lease is no lease token".into()))?.to_owned());
             }
+            Some("--slice") => call.slice = Some(value()?.into_string().unwrap_or_default()),
             Some(stage) if !stage.starts_with('-') && call.stage.is_empty() => call.stage = stage.to_owned(),
             _ => {
                 return Err(Misused(format!(
-                    "unexpected argument {:?}; usage: mig-hook [--config FILE] STAGE [--lease TOKEN]",
+                    "unexpected argument {:?}; usage: mig-hook [--config FILE] STAGE [--lease TOKEN | --slice UUID]",
                     word
                 ))
                 .into());
@@ -201,6 +201,17 @@ pub(crate) fn annotations(config: &Value) -> impl Iterator<Item = (&str, &str)> 
     object.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
 }
 
+/// The container's name in its pod, where the engine tells it.
+pub(crate) fn container_name(config: &Value) -> Option<&str> {
+    const NAME_KEYS: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName"];
+    annotations(config).find(|(key, _)| NAME_KEYS.contains(key)).map(|(_, name)| name)
+}
+
+/// Whether this is a pod's sandbox, which asks for nothing itself: the pod's annotations reach it too.
+pub(crate) fn is_sandbox(config: &Value) -> bool {
+    annotations(config).any(|(key, value)| first::SANDBOX_KEYS.contains(&key) && value == "sandbox")
+}
+
 /// What a config tells about its container besides the request.
 pub(crate) fn describe(holder: &mut Holder, config: &Value) {
     const IMAGE_KEYS: [&str; 3] =
@@ -215,38 +226,50 @@ pub(crate) fn describe(holder: &mut Holder, config: &Value) {
     });
 }
 
-/// What we need of the State that a runtime sends to a hook.
-struct State {
-    id: String,
-    pid: Option<u32>,
-    bundle: Option<PathBuf>,
+/// The State that a runtime sends to a hook: what we need of it, and the whole for its annotations.
+pub(crate) struct State {
+    pub(crate) id: String,
+    pub(crate) pid: Option<u32>,
+    /// Where it is to be believed: crun before 1.27 may say `/`.
+    pub(crate) bundle: Option<PathBuf>,
+    pub(crate) value: Value,
 }
 
 /// Reads it from standard input. crun adds `root`, and in some stages has pid 0; the rest is none of our business.
-fn state() -> Result<State> {
+pub(crate) fn state() -> Result<State> {
     let shown = "the State on standard input";
     let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
     let state = bundle::parse(&bytes, shown)?.value;
     let text = |key: &str| state.get(key).and_then(Value::as_str);
     let pid = state.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
     let id = text("id").ok_or_else(|| Failure::BadRequest(format!("{shown} has no container id")))?;
-    Ok(State { id: id.to_owned(), pid: pid.filter(|pid| *pid > 0), bundle: text("bundle").map(PathBuf::from) })
+    if !first::plain_name(id) {
+        return Err(Refused("the container id in the State is not a plain name".into()).into());
+    }
+    let bundle = text("bundle").map(PathBuf::from).filter(|b| b.is_absolute() && b.parent().is_some());
+    Ok(State { id: id.to_owned(), pid: pid.filter(|pid| *pid > 0), bundle, value: state })
+}
+
+/// What the State of a createRuntime hook and the runtime that calls us tell about the container.
+pub(crate) fn binding(state: &State) -> Result<Binding> {
+    let no_pid =
+        || Failure::BadRequest("the State on standard input has no pid: this is not a createRuntime hook".into());
+    let pid = state.pid.ok_or_else(no_pid)?;
+    let caller = host::parent(std::process::id()).unwrap_or(0);
+    let words = host::command_line(caller);
+    let plan = first::plan(words.get(1..).unwrap_or_default().iter().cloned());
+    Ok(Binding {
+        container: state.id.clone(),
+        pid,
+        bundle: state.bundle.clone(),
+        runtime_root: plan.root,
+        runtime: host::program(caller),
+    })
 }
 
 /// createRuntime: tells the lease which container it became. A failure fails the container's create.
 fn bind(settings: &Settings, token: &str) -> Result<()> {
-    let state = state()?;
-    let no_pid =
-        || Failure::BadRequest("the State on standard input has no pid: this is not a createRuntime hook".into());
-    let pid = state.pid.ok_or_else(no_pid)?;
-    if !first::plain_name(&state.id) {
-        return Err(Refused("the container id in the State is not a plain name".into()).into());
-    }
-    let caller = host::parent(std::process::id()).unwrap_or(0);
-    let words = host::command_line(caller);
-    let plan = first::plan(words.get(1..).unwrap_or_default().iter().cloned());
-    let bundle = state.bundle.filter(|b| b.is_absolute() && b.parent().is_some());
-    let binding = Binding { container: state.id, pid, bundle, runtime_root: plan.root, runtime: host::program(caller) };
+    let binding = binding(&state()?)?;
     let nvml = Nvml::at(&settings.nvml);
     Ok(Engine::open(settings, &nvml)?.confirm(token, &binding)?)
 }
@@ -255,8 +278,12 @@ fn bind(settings: &Settings, token: &str) -> Result<()> {
 fn poststop(settings: &Settings, token: &str) -> Result<()> {
     let state = state()?;
     let nvml = Nvml::at(&settings.nvml);
-    let engine = Engine::open(settings, &nvml)?;
-    match engine.release(token, Some(&state.id), "its container has ended")? {
+    release(&Engine::open(settings, &nvml)?, token, &state.id)
+}
+
+/// Releases what a container that has ended held.
+pub(crate) fn release(engine: &Engine, token: &str, container: &str) -> Result<()> {
+    match engine.release(token, Some(container), "its container has ended")? {
         Released::Busy { reason } => {
             tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
         }

@@ -65,6 +65,10 @@ pub enum Way {
     Precreate,
     /// The runtime shim: the owner is the process that becomes the runtime.
     Shim,
+    /// A createRuntime hook that puts the slice into the container itself. Bound from the start.
+    Classic,
+    /// A createRuntime hook of our CDI spec: the slice was named by `--device`. Bound from the start.
+    Cdi,
 }
 
 /// The container, as far as it is known yet.

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
-//! ways in    cli  hook  shim  report        know argv, stdin, stdout, exit codes
+//! ways in    cli  hook  classic  shim  report        know argv, stdin, stdout, exit codes
 //! engine     engine                         the only file that orders lease, GPU and lock
 //! pure       request  profile  placement  lease  edits       no file, no process, no clock
 //! edges      gpu  store  host  bundle  runtime  config       one machine each; never import the engine or each other
@@ -23,6 +23,8 @@ pub mod handover;
 
 #[cfg(feature = "engine")]
 pub mod bundle;
+#[cfg(feature = "engine")]
+pub mod classic;
 #[cfg(feature = "engine")]
 pub mod cli;
 #[cfg(feature = "engine")]

@@ -126,9 +126,7 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
 /// Annotations win over the environment, which counts only for an entry with `--mig-env`: an image's ENV and a user's
 /// `-e` look the same here, so the user must have chosen this runtime by name.
 fn requested(plan: &Plan, settings: &Settings, config: &Value) -> Result<Option<Request>> {
-    const NAME_KEYS: [&str; 2] = ["io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName"];
-    let name = hook::annotations(config).find(|(key, _)| NAME_KEYS.contains(key)).map(|(_, name)| name);
-    let annotated = request::from_annotations(hook::annotations(config), name)?;
+    let annotated = request::from_annotations(hook::annotations(config), hook::container_name(config))?;
     if annotated.is_some() || !plan.own.env {
         return Ok(annotated);
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Rows from top to bottom; a file may use rows below its own, and its own row where that is said.
 const ROWS: [(&str, &[&str], bool); 5] = [
-    ("ways in", &["cli", "hook", "shim", "report"], true),
+    ("ways in", &["cli", "hook", "classic", "shim", "report"], true),
     ("engine", &["engine"], false),
     ("pure", &["request", "profile", "placement", "lease", "edits"], true),
     ("edges", &["gpu", "store", "host", "bundle", "runtime", "config"], false),
