@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::bundle;
 use crate::classic;
 use crate::config::Settings;
-use crate::edits::{self, Edit, Given, HookCall};
+use crate::edits::{self, Edit, Given, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
@@ -137,40 +137,61 @@ pub(crate) fn prepare(
 }
 
 fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>, cgroup: bool) -> Result<Majors> {
+    check_dev(config, bundle)?;
+    let majors = engine::host_of(settings).majors()?;
+    edits::strip(config, majors);
+    check_rules(settings, config, majors, cgroup)?;
+    Ok(majors)
+}
+
+/// Refuses a container whose /dev is not made for it by the runtime.
+pub(crate) fn check_dev(config: &Value, bundle: Option<&Path>) -> Result<()> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
     if bundle::dev_is_link(config, bundle) {
         return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
     }
-    let majors = engine::host_of(settings).majors()?;
-    edits::strip(config, majors);
+    Ok(())
+}
+
+/// Refuses a container whose device rules would open other slices than its own, or that has no `cgroup` to enforce them,
+/// unless the settings allow that.
+pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, cgroup: bool) -> Result<()> {
     let open = if cgroup {
         edits::open_rule(config, majors)
     } else {
         Some("it runs without a cgroup, so nothing enforces its device rules".into())
     };
     match open {
-        Some(why) if !settings.open_device_rules => Err(Refused(format!(
-            "the container would reach other slices than its own: {why}; start it without --privileged, wide \
-             --device-cgroup-rule and --cgroups=disabled, or set requests.open_device_rules = true where that is meant"
-        ))
-        .into()),
-        _ => Ok(majors),
+        Some(why) if !settings.open_device_rules => Err(Refused(open_sentence(&why)).into()),
+        _ => Ok(()),
     }
+}
+
+pub(crate) fn open_sentence(why: &str) -> String {
+    format!(
+        "the container would reach other slices than its own: {why}; start it without --privileged, wide \
+         --device-cgroup-rule and --cgroups=disabled, or set requests.open_device_rules = true where that is meant"
+    )
 }
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
-    let host = engine::host_of(settings);
-    let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
-    let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
-    let nodes = edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor));
+    let nodes = nodes(settings, lease, majors);
     let environment = edits::environment(&lease.uuids(), &lease.profiles());
     let program = hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
     let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
     Ok(edited.map_err(Failure::BadRequest)?)
+}
+
+/// The nodes of a lease's slices, with the modes that they have on the host.
+pub(crate) fn nodes(settings: &Settings, lease: &Lease, majors: Majors) -> Vec<Node> {
+    let host = engine::host_of(settings);
+    let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
+    let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
+    edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor))
 }
 
 /// Releases what a failure after acquire leaves over.
