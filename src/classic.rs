@@ -104,7 +104,8 @@ impl Site {
         let majors = engine::host_of(settings).majors()?;
         // Not stripped: what the config allows is allowed by now.
         hook::check_rules(settings, &config, majors, true)?;
-        let init = holder.init.ok_or_else(|| Failure::BadRequest("the pid in the State is of no living process".into()))?;
+        let init =
+            holder.init.ok_or_else(|| Failure::BadRequest("the pid in the State is of no living process".into()))?;
         let text = |at: &str| config.pointer(at).and_then(Value::as_str);
         let root = text("/root/path").ok_or_else(|| Failure::BadRequest(format!("{shown} has no root.path")))?;
         let live = Live::of(init.pid, &bundle.join(root), edits::has_tmpfs(&config, "/run"))?;

@@ -72,9 +72,12 @@ impl Live {
     /// Of the process `pid`, whose root file system will be `rootfs` (absolute). `run_is_own`: a tmpfs of its own is at /run.
     pub fn of(pid: u32, rootfs: &Path, run_is_own: bool) -> Result<Live, ContainerError> {
         for (kind, whose) in [("mnt", "file systems"), ("user", "")] {
-            let shared = same_namespace(pid, kind).map_err(failed(format!("look at the namespaces of process {pid}")))?;
+            let shared =
+                same_namespace(pid, kind).map_err(failed(format!("look at the namespaces of process {pid}")))?;
             match kind {
-                "mnt" if shared => return Err(refused(format!("process {pid} shares the host's {whose}: it is no container"))),
+                "mnt" if shared => {
+                    return Err(refused(format!("process {pid} shares the host's {whose}: it is no container")));
+                }
                 "user" if !shared => {
                     return Err(refused(
                         "it has a user namespace, in which device nodes that are made from outside don't open; let podman's \
@@ -90,7 +93,8 @@ impl Live {
             .map_err(failed(format!("find {} in the mount namespace of process {pid}", rootfs.display())))?;
         let dev = directory(&root, "dev", ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
         let dev = dev.map_err(failed("open the container's /dev"))?;
-        let device_of = |file: &File| file.metadata().map(|meta| meta.dev()).map_err(failed("look at the container's /dev"));
+        let device_of =
+            |file: &File| file.metadata().map(|meta| meta.dev()).map_err(failed("look at the container's /dev"));
         let host = std::fs::metadata("/dev").map_err(failed("look at the host's /dev"))?.dev();
         let is_tmpfs = fstatfs(&dev).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
         if !is_tmpfs || [host, device_of(&root)?].contains(&device_of(&dev)?) {
@@ -108,7 +112,8 @@ impl Live {
     }
 
     fn make_node(&self, node: &Node) -> io::Result<()> {
-        let (below, name) = node.path.split_once('/').map_or((None, node.path.as_str()), |(dir, name)| (Some(dir), name));
+        let (below, name) =
+            node.path.split_once('/').map_or((None, node.path.as_str()), |(dir, name)| (Some(dir), name));
         let below = below.map(|name| own_directory(&self.dev, name)).transpose()?;
         let dir = below.as_ref().unwrap_or(&self.dev);
         make_room(dir, name)?;

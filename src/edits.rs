@@ -306,7 +306,8 @@ fn mounts_at<'a>(config: &'a Value, at: &str) -> impl Iterator<Item = &'a Value>
 
 fn is_bind(mount: &Value) -> bool {
     let options = mount.get("options").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
-    mount.get("type").and_then(Value::as_str) == Some("bind") || options.into_iter().any(|o| o == "bind" || o == "rbind")
+    mount.get("type").and_then(Value::as_str) == Some("bind")
+        || options.into_iter().any(|o| o == "bind" || o == "rbind")
 }
 
 fn allows(rule: &Value) -> bool {

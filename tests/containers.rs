@@ -7,6 +7,8 @@
 
 #[path = "containers/cgroup2.rs"]
 mod cgroup2;
+#[path = "containers/classic.rs"]
+mod classic;
 mod common;
 #[path = "containers/compose.rs"]
 mod compose;

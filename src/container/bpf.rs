@@ -136,8 +136,11 @@ fn read(id: u32, flags: u32) -> io::Result<Attached> {
 }
 
 fn info(fd: &File, into: &mut [Instruction]) -> io::Result<Info> {
-    let mut info =
-        Info { xlated_len: size_of_val(into) as u32, xlated: if into.is_empty() { 0 } else { into.as_mut_ptr() as u64 }, ..Info::default() };
+    let mut info = Info {
+        xlated_len: size_of_val(into) as u32,
+        xlated: if into.is_empty() { 0 } else { into.as_mut_ptr() as u64 },
+        ..Info::default()
+    };
     let mut get = GetInfo { fd: number(fd), info_len: size_of::<Info>() as u32, info: &raw mut info as u64 };
     // SAFETY: `get` is what this command takes; `info` lives, and `into` has room for as many bytes as it says.
     unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut get) }?;

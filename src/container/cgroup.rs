@@ -35,7 +35,9 @@ impl Cgroup {
         let theirs = place(&mounts, &text(format!("/proc/{pid}/cgroup"))?);
         let ours = place(&mounts, &text("/proc/self/cgroup".into())?);
         let Some((version, root, path)) = theirs else {
-            return Err(refused(format!("the cgroup of process {pid} is not below a cgroup tree that is mounted here")));
+            return Err(refused(format!(
+                "the cgroup of process {pid} is not below a cgroup tree that is mounted here"
+            )));
         };
         if path == "/" || ours.is_some_and(|(_, _, ours)| ours == path) {
             return Err(refused("it has no cgroup of its own, so no device rules of its own"));
@@ -147,7 +149,11 @@ fn allow_in_unit(unit: &str, nodes: &[Node]) -> Result<(), ContainerError> {
     let output = command.output().map_err(failed(format!("start {SYSTEMCTL}")))?;
     let said = String::from_utf8_lossy(&output.stderr);
     let why = || io::Error::other(said.trim().replace('\n', "; "));
-    if output.status.success() { Ok(()) } else { Err(failed(format!("have systemd allow its devices to {unit}"))(why())) }
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(failed(format!("have systemd allow its devices to {unit}"))(why()))
+    }
 }
 
 fn allow_in_list(dir: &Path, nodes: &[Node]) -> Result<(), ContainerError> {

@@ -50,7 +50,8 @@ pub fn is_wide(program: &[Instruction], devices: &[(u32, u32)]) -> bool {
 }
 
 fn beginning(devices: &[(u32, u32)]) -> Vec<Instruction> {
-    let op = |code, to: u8, from: u8, offset, constant| Instruction { code, registers: from << 4 | to, offset, constant };
+    let op =
+        |code, to: u8, from: u8, offset, constant| Instruction { code, registers: from << 4 | to, offset, constant };
     let to_old = i16::try_from(devices.len() * 4).unwrap_or(i16::MAX);
     // Register 1, the context, stays for the old program.
     let mut new = vec![
