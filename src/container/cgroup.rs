@@ -1,5 +1,6 @@
 //! A container's device rules where they hold: in the `devices` hierarchy of cgroup v1, or in the device programs of v2.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -141,19 +142,28 @@ fn own<'a>(path: &'a str, named: Option<&str>) -> Vec<&'a str> {
     all[top..].to_vec()
 }
 
+/// Adds to the unit's own rules, where it has some. A unit without (crun 1.8 makes such) must stay so: with one
+/// DeviceAllow= systemd would deny every other device.
 fn allow_in_unit(unit: &str, nodes: &[Node]) -> Result<(), ContainerError> {
-    let mut command = Command::new(SYSTEMCTL);
-    command.args(["set-property", "--runtime", "--", unit]).env_clear().stdin(Stdio::null());
-    // By number: the node need not exist on the host (systemd 240 and later).
-    command.args(nodes.iter().map(|n| format!("DeviceAllow=/dev/char/{}:{} rw", n.major, n.minor)));
-    let output = command.output().map_err(failed(format!("start {SYSTEMCTL}")))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let why = || io::Error::other(said.trim().replace('\n', "; "));
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(failed(format!("have systemd allow its devices to {unit}"))(why()))
+    let shown = systemctl(&["show", "--property=DevicePolicy,DeviceAllow", "--", unit])?;
+    if !shown.lines().any(|line| !matches!(line, "DevicePolicy=auto" | "DeviceAllow=" | "")) {
+        return Ok(());
     }
+    // By number: the node need not exist on the host (systemd 240 and later).
+    let rules = nodes.iter().map(|n| format!("DeviceAllow=/dev/char/{}:{} rw", n.major, n.minor));
+    let words: Vec<String> =
+        ["set-property", "--runtime", "--", unit].into_iter().map(str::to_owned).chain(rules).collect();
+    systemctl(&words).map(drop)
+}
+
+fn systemctl(words: &[impl AsRef<OsStr>]) -> Result<String, ContainerError> {
+    let output = Command::new(SYSTEMCTL).args(words).env_clear().stdin(Stdio::null()).output();
+    let output = output.map_err(failed(format!("start {SYSTEMCTL}")))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+    Err(failed("have systemd allow its devices to the container's scope")(io::Error::other(said)))
 }
 
 fn allow_in_list(dir: &Path, nodes: &[Node]) -> Result<(), ContainerError> {
