@@ -229,3 +229,66 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Cont
     let what = what.into();
     |source| ContainerError::Failed { what, source: source.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A directory with a canary that nothing may change.
+    fn tree() -> (tempfile::TempDir, File) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("in")).unwrap();
+        std::fs::write(dir.path().join("canary"), "as it was").unwrap();
+        let open = File::open(dir.path().join("in")).unwrap();
+        (dir, open)
+    }
+
+    fn canary(dir: &tempfile::TempDir) -> String {
+        std::fs::read_to_string(dir.path().join("canary")).unwrap()
+    }
+
+    #[test]
+    fn a_file_takes_the_place_of_a_link_not_of_what_it_points_to() {
+        let (dir, inside) = tree();
+        symlink(dir.path().join("canary"), dir.path().join("in/uuids")).unwrap();
+        write_file(&inside, "uuids", "MIG-1\n").unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join("in/uuids")).unwrap(), "MIG-1\n");
+        assert_eq!(canary(&dir), "as it was");
+    }
+
+    #[test]
+    fn a_directory_is_not_looked_for_behind_a_link() {
+        let (dir, inside) = tree();
+        symlink(dir.path(), dir.path().join("in/nvidia-caps")).unwrap();
+        let error = own_directory(&inside, "nvidia-caps").unwrap_err().to_string();
+        assert!(error.contains("nvidia-caps is a link"), "{error}");
+        assert!(own_directory(&inside, "fresh").unwrap().metadata().unwrap().is_dir());
+        assert!(own_directory(&inside, "fresh").is_ok(), "it may be there");
+    }
+
+    #[test]
+    fn a_root_that_leads_out_by_links_is_not_left() {
+        let (dir, inside) = tree();
+        symlink(dir.path(), dir.path().join("in/absolute")).unwrap();
+        symlink("../..", dir.path().join("in/up")).unwrap();
+        assert!(directory(&inside, "absolute", ResolveFlag::RESOLVE_IN_ROOT).is_err());
+        let up = directory(&inside, "up", ResolveFlag::RESOLVE_IN_ROOT).unwrap();
+        assert_eq!(up.metadata().unwrap().ino(), inside.metadata().unwrap().ino());
+    }
+
+    #[test]
+    fn full_directories_are_not_taken_away() {
+        let (dir, inside) = tree();
+        std::fs::create_dir_all(dir.path().join("in/theirs/x")).unwrap();
+        assert!(make_room(&inside, "theirs").is_err());
+        std::fs::remove_dir(dir.path().join("in/theirs/x")).unwrap();
+        assert!(make_room(&inside, "theirs").is_ok() && make_room(&inside, "theirs").is_ok());
+    }
+
+    #[test]
+    fn our_own_process_is_no_container() {
+        let error = Live::of(std::process::id(), Path::new("/"), false).unwrap_err().to_string();
+        assert!(error.contains("shares the host's"), "{error}");
+    }
+}

@@ -208,3 +208,60 @@ fn allow_in_programs(dir: &Path, nodes: &[Node]) -> Result<(), ContainerError> {
     });
     widened.map_err(failed(format!("widen the device programs of {}", dir.display())))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+                      36 31 0:33 / /sys/fs/cgroup/devices rw,relatime shared:9 - cgroup cgroup rw,devices\n\
+                      41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+    const V2: &str = "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
+
+    fn found(mounts: &str, cgroup: &str) -> Option<(Version, String)> {
+        place(mounts, cgroup).map(|(version, root, path)| (version, format!("{}{path}", root.display())))
+    }
+
+    #[test]
+    fn rules_hold_in_the_devices_hierarchy_where_one_is_mounted() {
+        let cgroup = "9:pids:/p\n5:cpu,devices:/d/c1\n0::/u/c1\n";
+        assert_eq!(found(V1, cgroup), Some((Version::One, "/sys/fs/cgroup/devices/d/c1".into())));
+        assert_eq!(found(V2, cgroup), Some((Version::Two, "/sys/fs/cgroup/u/c1".into())));
+        assert_eq!(found("", cgroup), None);
+        assert_eq!(found(V2, "5:devices:/d\n"), None);
+    }
+
+    #[test]
+    fn a_part_of_a_tree_serves_what_is_in_it() {
+        let part = "41 31 0:38 /engine /cg rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(found(part, "0::/engine/c1\n"), Some((Version::Two, "/cg/c1".into())));
+        assert_eq!(found(part, "0::/engineering/c1\n"), None);
+        assert_eq!(found(part, "0::/other/c1\n"), None);
+        assert_eq!(found(V2, "0::/../c1\n"), None, "outside of our cgroup namespace");
+    }
+
+    #[test]
+    fn own_begins_where_the_config_says() {
+        let path = "/machine.slice/libpod-c1.scope/container";
+        let scope = "/machine.slice/libpod-c1.scope";
+        assert_eq!(own(path, Some("machine.slice:libpod:c1")), [scope, path]);
+        assert_eq!(own(scope, Some("machine.slice:libpod:c1")), [scope]);
+        assert_eq!(own("/a/b/c1", Some("/a/b/c1")), ["/a/b/c1"]);
+        assert_eq!(own("/user.slice/x.scope/c1", Some("c1/")), ["/user.slice/x.scope/c1"]);
+        // Not called so anywhere, or not called at all: nothing above the cgroup itself.
+        assert_eq!(own(path, Some("/a/other")), [path]);
+        assert_eq!(own(path, None), [path]);
+        // The name nearest to the container counts: one of the same name further up is another's.
+        assert_eq!(own("/c1/x/c1", Some("/c1/x/c1")), ["/c1/x/c1"]);
+    }
+
+    #[test]
+    fn a_unit_is_the_uppermost_own_cgroup() {
+        let unit = |dirs: &[&str]| {
+            let cgroup = Cgroup { version: Version::Two, dirs: dirs.iter().map(PathBuf::from).collect() };
+            cgroup.unit().map(str::to_owned)
+        };
+        assert_eq!(unit(&["/s/libpod-c1.scope", "/s/libpod-c1.scope/container"]).as_deref(), Some("libpod-c1.scope"));
+        assert_eq!(unit(&["/s/session-3.scope/c1"]), None);
+    }
+}

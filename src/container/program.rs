@@ -72,3 +72,133 @@ fn beginning(devices: &[(u32, u32)]) -> Vec<Instruction> {
     }
     new
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const BLOCK: u32 = 1;
+    const CHAR: u32 = 2;
+
+    /// Runs a program as the kernel does, as far as programs of this kind go. `None`: it does something else.
+    fn decide(program: &[Instruction], [access_type, major, minor]: [u32; 3]) -> Option<bool> {
+        let mut registers = [0_u64; 11];
+        let mut at = 0_usize;
+        loop {
+            let i = *program.get(at)?;
+            let (to, from) = (usize::from(i.registers & 15), usize::from(i.registers >> 4));
+            let (constant, old) = (i64::from(i.constant) as u64, registers[to]);
+            at += 1;
+            let other = if i.code & 8 == 0 { constant } else { registers[from] };
+            match i.code {
+                EXIT => return Some(registers[0] as u32 != 0),
+                LOAD_WORD if from == 1 => {
+                    registers[to] = u64::from(*[access_type, major, minor].get(usize::try_from(i.offset).ok()? / 4)?);
+                }
+                0xb7 | 0xbf => registers[to] = other,
+                0xb4 | 0xbc => registers[to] = u64::from(other as u32),
+                0x54 | 0x5c => registers[to] = u64::from(old as u32 & other as u32),
+                0x57 | 0x5f => registers[to] = old & other,
+                0x74 => registers[to] = u64::from(old as u32 >> constant),
+                0x77 => registers[to] = old >> constant,
+                0x05 | 0x15 | 0x1d | 0x55 | 0x5d => {
+                    let jumps = match i.code {
+                        0x15 | 0x1d => old == other,
+                        0x55 | 0x5d => old != other,
+                        _ => true,
+                    };
+                    at = if jumps { at.checked_add_signed(i.offset.into())? } else { at };
+                }
+                _ => return None,
+            }
+        }
+    }
+
+    fn op(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> Instruction {
+        Instruction { code, registers: from << 4 | to, offset, constant }
+    }
+
+    /// A rule as runc and crun compile it: kind of device, access bits, major and minor where they matter, verdict.
+    type Rule = (Option<u32>, u32, Option<u32>, Option<u32>, bool);
+
+    /// In their way: the parts into registers 2 to 5, one block a rule, the default at the end.
+    fn compile(rules: &[Rule], default: bool) -> Vec<Instruction> {
+        let mut program = vec![
+            op(0x61, 2, 1, 0, 0),
+            op(0x54, 2, 0, 0, 0xffff),
+            op(0x61, 3, 1, 0, 0),
+            op(0x74, 3, 0, 0, 16),
+            op(0x61, 4, 1, 4, 0),
+            op(0x61, 5, 1, 8, 0),
+        ];
+        for (kind, access, major, minor, allow) in rules {
+            let mut block = vec![];
+            // "Not all of what is wanted is in this rule": next.
+            block.push(op(0xbc, 1, 3, 0, 0));
+            block.push(op(0x54, 1, 0, 0, *access as i32));
+            block.push(op(0x5d, 1, 3, 0, 0));
+            for (register, wanted) in [(2, kind), (4, major), (5, minor)] {
+                block.extend(wanted.map(|value| op(0x55, register, 0, 0, value as i32)));
+            }
+            block.extend([op(0xb4, 0, 0, 0, i32::from(*allow)), op(0x95, 0, 0, 0, 0)]);
+            let end = block.len() as i16;
+            for (n, i) in block.iter_mut().enumerate().filter(|(_, i)| i.code == 0x5d || i.code == 0x55) {
+                i.offset = end - n as i16 - 1;
+            }
+            program.extend(block);
+        }
+        program.extend([op(0xb4, 0, 0, 0, i32::from(default)), op(0x95, 0, 0, 0, 0)]);
+        program
+    }
+
+    fn rule() -> impl Strategy<Value = Rule> {
+        let number = || proptest::option::of(prop_oneof![Just(195), Just(240), 0..6_u32]);
+        (proptest::option::of(1..3_u32), 0..8_u32, number(), number(), any::<bool>())
+    }
+
+    proptest! {
+        /// For every question: what it was, or ours with nothing but read and write.
+        #[test]
+        fn the_old_decision_or_ours(
+            rules in proptest::collection::vec(rule(), 0..6),
+            default in any::<bool>(),
+            ours in proptest::collection::vec((prop_oneof![Just(195_u32), Just(240)], 0..4_u32), 0..6),
+        ) {
+            let old = compile(&rules, default);
+            let new = widen(&old, &ours).unwrap();
+            prop_assert!(is_wide(&new, &ours));
+            for kind in [0, BLOCK, CHAR, 3] {
+                for access in 0..16 {
+                    for major in [0, 1, 5, 194, 195, 196, 240, u32::MAX] {
+                        for minor in [0, 1, 2, 3, 4, 195, 240, u32::MAX] {
+                            let question = [access << 16 | kind, major, minor];
+                            let own = kind == CHAR && access & !6 == 0 && ours.contains(&(major, minor));
+                            let was = decide(&old, question).unwrap();
+                            prop_assert_eq!(decide(&new, question), Some(was || own), "{:?}", question);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_would_change_its_meaning_is_not_moved() {
+        let ours = [(195, 0)];
+        let exit = op(0x95, 0, 0, 0, 0);
+        assert!(widen(&[op(0x85, 0, 0, 0, 1), exit], &ours).is_err(), "a call");
+        assert!(widen(&[op(0x18, 1, 1, 0, 7), op(0, 0, 0, 0, 0), exit], &ours).is_err(), "a map");
+        assert!(widen(&[op(0x18, 0, 0, 0, 7), op(0, 0, 0, 0, 0), exit], &ours).is_ok(), "a constant");
+        assert!(widen(&vec![exit; MOST], &ours).is_err());
+    }
+
+    #[test]
+    fn widened_again_only_for_others() {
+        let once = widen(&compile(&[], false), &[(195, 0)]).unwrap();
+        assert!(is_wide(&once, &[(195, 0)]) && !is_wide(&once, &[(195, 1)]));
+        let twice = widen(&once, &[(195, 1)]).unwrap();
+        let open = |major, minor| decide(&twice, [6 << 16 | CHAR, major, minor]).unwrap();
+        assert!(open(195, 0) && open(195, 1) && !open(195, 2));
+    }
+}
