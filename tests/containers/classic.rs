@@ -410,6 +410,27 @@ fn podman_with_crun() {
     under_podman("crun");
 }
 
+/// containerd runs the hooks of a spec that it was given, as with base_runtime_spec.
+#[test]
+fn containerd_with_a_spec() {
+    let Some(site) = Site::new(&["docker", "ctr"]) else { return };
+    let ctr = |words: &[&str]| {
+        let mut command = Command::new(site.dir.join("bin/ctr"));
+        command.args(words);
+        command
+    };
+    let id = site.path("").file_name().unwrap().display().to_string();
+    let dir = hooked(&site, "spec", json!({"mig.profile": "2g.20gb"}), &["sleep", "600"]);
+    change(&dir, |config| config["root"]["path"] = json!(dir.join("rootfs")));
+    must(&mut ctr(&["run", "-d", "--null-io", "--config", &dir.join("config.json").display().to_string(), &id]));
+    let seen = Probe::read(&must(&mut ctr(&["task", "exec", "--exec-id", "e1", &id, "sh", "-c", PROBE])));
+    site.assert_given(&seen, &["2g.20gb"]);
+    must(&mut ctr(&["task", "kill", "-s", "KILL", &id]));
+    wait_for("the task's end", SOON, || run(&mut ctr(&["task", "delete", &id])).status.success());
+    site.clean("after task delete");
+    must(&mut ctr(&["container", "delete", &id]));
+}
+
 /// systemd as the first process of namespaces of its own, on a cgroup2 tree. It gets a read-only root and no unit of this
 /// machine's: one that starts with those empties /tmp and more.
 struct Systemd(std::process::Child);
