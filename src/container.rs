@@ -71,21 +71,16 @@ pub struct Live {
 impl Live {
     /// Of the process `pid`, whose root file system will be `rootfs` (absolute). `run_is_own`: a tmpfs of its own is at /run.
     pub fn of(pid: u32, rootfs: &Path, run_is_own: bool) -> Result<Live, ContainerError> {
-        for (kind, whose) in [("mnt", "file systems"), ("user", "")] {
-            let shared =
-                same_namespace(pid, kind).map_err(failed(format!("look at the namespaces of process {pid}")))?;
-            match kind {
-                "mnt" if shared => {
-                    return Err(refused(format!("process {pid} shares the host's {whose}: it is no container")));
-                }
-                "user" if !shared => {
-                    return Err(refused(
-                        "it has a user namespace, in which device nodes that are made from outside don't open; let podman's \
-                         precreate hook or mig-runtime give it its slice",
-                    ));
-                }
-                _ => {}
-            }
+        let shared =
+            |kind| same_namespace(pid, kind).map_err(failed(format!("look at the namespaces of process {pid}")));
+        if shared("mnt")? {
+            return Err(refused(format!("process {pid} shares the host's file systems: it is no container")));
+        }
+        if !shared("user")? {
+            return Err(refused(
+                "it has a user namespace, in which device nodes that are made from outside don't open; let podman's \
+                 precreate hook or mig-runtime give it its slice",
+            ));
         }
         let world = File::open(format!("/proc/{pid}/root")).map_err(failed(format!("look into process {pid}")))?;
         let inside = rootfs.strip_prefix("/").unwrap_or(rootfs);
@@ -93,11 +88,11 @@ impl Live {
             .map_err(failed(format!("find {} in the mount namespace of process {pid}", rootfs.display())))?;
         let dev = directory(&root, "dev", ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS);
         let dev = dev.map_err(failed("open the container's /dev"))?;
-        let device_of =
+        let device =
             |file: &File| file.metadata().map(|meta| meta.dev()).map_err(failed("look at the container's /dev"));
         let host = std::fs::metadata("/dev").map_err(failed("look at the host's /dev"))?.dev();
         let is_tmpfs = fstatfs(&dev).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
-        if !is_tmpfs || [host, device_of(&root)?].contains(&device_of(&dev)?) {
+        if !is_tmpfs || [host, device(&root)?].contains(&device(&dev)?) {
             return Err(refused("its /dev is no tmpfs of its own, so its slice's nodes can't be made there"));
         }
         Ok(Live { root, dev, run_is_own })

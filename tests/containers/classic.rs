@@ -410,18 +410,34 @@ fn podman_with_crun() {
     under_podman("crun");
 }
 
-/// containerd runs the hooks of a spec that it was given, as with base_runtime_spec.
+/// The spec for containerd's base_runtime_spec, made as docs/engines-classic.md says.
 #[test]
-fn containerd_with_a_spec() {
+fn containerd_with_a_base_spec() {
     let Some(site) = Site::new(&["docker", "ctr"]) else { return };
     let ctr = |words: &[&str]| {
         let mut command = Command::new(site.dir.join("bin/ctr"));
         command.args(words);
         command
     };
+    let page = include_str!("../../docs/engines-classic.md");
+    let filter = page.split_once("ctr oci spec | jq '").unwrap().1.split_once("' >").unwrap().0;
+    let plain = site.write("plain.json", &must(&mut ctr(&["oci", "spec"])));
+    let base: Value = serde_json::from_str(&must(Command::new("jq").arg(filter).arg(plain))).unwrap();
     let id = site.path("").file_name().unwrap().display().to_string();
     let dir = hooked(&site, "spec", json!({"mig.profile": "2g.20gb"}), &["sleep", "600"]);
-    change(&dir, |config| config["root"]["path"] = json!(dir.join("rootfs")));
+    change(&dir, |config| {
+        let ours = std::mem::replace(config, base);
+        for key in ["annotations", "root", "process"] {
+            config[key] = ours[key].clone();
+        }
+        config["root"]["path"] = json!(dir.join("rootfs"));
+        config["linux"]["cgroupsPath"] = ours["linux"]["cgroupsPath"].clone();
+        for stage in ["createRuntime", "poststop"] {
+            assert_eq!(config["hooks"][stage][0]["path"], "/usr/libexec/oci/hooks.d/mig-hook");
+            assert_eq!(config["hooks"][stage][0]["args"], json!(["mig-hook", stage]));
+            config["hooks"][stage] = ours["hooks"][stage].clone();
+        }
+    });
     must(&mut ctr(&["run", "-d", "--null-io", "--config", &dir.join("config.json").display().to_string(), &id]));
     let seen = Probe::read(&must(&mut ctr(&["task", "exec", "--exec-id", "e1", &id, "sh", "-c", PROBE])));
     site.assert_given(&seen, &["2g.20gb"]);
