@@ -100,10 +100,8 @@ impl Live {
 
     /// Makes device nodes in the container's /dev, in the place of whatever lies there.
     pub fn make_nodes(&self, nodes: &[Node]) -> Result<(), ContainerError> {
-        for node in nodes {
-            self.make_node(node).map_err(failed(format!("make /dev/{} in the container", node.path)))?;
-        }
-        Ok(())
+        let make = |node| self.make_node(node).map_err(failed(format!("make /dev/{} in the container", node.path)));
+        with_exact_modes(|| nodes.iter().try_for_each(make))
     }
 
     fn make_node(&self, node: &Node) -> io::Result<()> {
@@ -113,10 +111,7 @@ impl Live {
         let dir = below.as_ref().unwrap_or(&self.dev);
         make_room(dir, name)?;
         let mode = Mode::from_bits_truncate(node.mode & 0o777);
-        let mask = umask(Mode::empty());
-        let made = mknodat(dir, name, SFlag::S_IFCHR, mode, makedev(node.major.into(), node.minor.into()));
-        umask(mask);
-        made?;
+        mknodat(dir, name, SFlag::S_IFCHR, mode, makedev(node.major.into(), node.minor.into()))?;
         let (uid, gid) = (Uid::from_raw(node.uid), Gid::from_raw(node.gid));
         fchownat(dir, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
         let meta = step(dir, name, OFlag::O_NOFOLLOW, ResolveFlag::RESOLVE_BENEATH)?.metadata()?;
@@ -127,12 +122,12 @@ impl Live {
 
     /// Puts `name` with that text into /run/mig-hook, for each of these files.
     pub fn tell(&self, files: &[(&str, String)]) -> Result<(), ContainerError> {
-        let mut written = own_directory(&self.dev, PUBLIC);
-        for (name, text) in files {
-            written = written.and_then(|dir| write_file(&dir, name, text).map(|()| dir));
-        }
-        written.map_err(failed(format!("write to {OWN_DIR} in the container")))?;
-        self.link().map_err(failed(
+        let write = || {
+            let dir = own_directory(&self.dev, PUBLIC)?;
+            files.iter().try_for_each(|(name, text)| write_file(&dir, name, text))
+        };
+        with_exact_modes(write).map_err(failed(format!("write to {OWN_DIR} in the container")))?;
+        with_exact_modes(|| self.link()).map_err(failed(
             "make the link /run/mig-hook in the container, which tells it its slice; a /run of its own helps, as with \
              --tmpfs /run",
         ))
@@ -161,6 +156,14 @@ impl Live {
     }
 }
 
+/// Makes things with the modes that are asked for: the caller's umask is none of the container's business.
+fn with_exact_modes<T>(make: impl FnOnce() -> T) -> T {
+    let mask = umask(Mode::empty());
+    let made = make();
+    umask(mask);
+    made
+}
+
 /// Whether a process is in our namespace of that kind.
 fn same_namespace(pid: u32, kind: &str) -> io::Result<bool> {
     let of = |who: &str| std::fs::metadata(format!("/proc/{who}/ns/{kind}")).map(|meta| (meta.dev(), meta.ino()));
@@ -173,9 +176,8 @@ fn step(dir: impl AsFd, path: impl AsRef<Path>, flags: OFlag, resolve: ResolveFl
         .flags(flags | OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(resolve | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     // The kernel asks for another try when something anywhere was renamed while it walked over `..` (openat2(2)).
-    let tries = std::iter::repeat_with(|| openat2(&dir, path.as_ref(), how)).take(64);
-    let settled = tries.skip_while(|result| matches!(result, Err(Errno::EAGAIN))).next();
-    settled.unwrap_or(Err(Errno::EAGAIN)).map(File::from)
+    let mut tries = std::iter::repeat_with(|| openat2(&dir, path.as_ref(), how)).take(64);
+    tries.find(|result| !matches!(result, Err(Errno::EAGAIN))).unwrap_or(Err(Errno::EAGAIN)).map(File::from)
 }
 
 fn directory(dir: impl AsFd, path: impl AsRef<Path>, resolve: ResolveFlag) -> nix::Result<File> {

@@ -138,7 +138,7 @@ fn own<'a>(path: &'a str, named: Option<&str>) -> Vec<&'a str> {
     let ends = path.match_indices('/').map(|(at, _)| at).skip(1).chain([path.len()]);
     let all: Vec<&str> = ends.map(|end| &path[..end]).collect();
     let is_named = |whole: &&str| whole.rsplit('/').next().is_some_and(|last| names.iter().any(|name| name == last));
-    let top = all.iter().rposition(|whole| is_named(whole)).unwrap_or(all.len() - 1);
+    let top = all.iter().rposition(is_named).unwrap_or(all.len() - 1);
     all[top..].to_vec()
 }
 

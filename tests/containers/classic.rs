@@ -54,9 +54,13 @@ fn call(site: &Site, runtime: &str, words: &[&str]) -> Command {
     command
 }
 
+/// By a caller who lets nobody else read what he makes: that is not for the container.
 fn created(site: &Site, runtime: &str, dir: &Path, id: &str) -> (bool, String) {
     let bundle = dir.display().to_string();
-    detached(&mut call(site, runtime, &["create", "--bundle", &bundle, id]), &site.path("log"))
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 077; exec \"$@\"", "sh"]);
+    command.args(words_of(&call(site, runtime, &["create", "--bundle", &bundle, id])));
+    detached(&mut command, &site.path("log"))
 }
 
 /// Why containers were refused, as the audit file says: crun keeps what a hook prints to itself.
@@ -83,6 +87,8 @@ fn given_while_it_is_created(runtime: &str) {
     site.assert_given(&seen, &["2g.20gb"]);
     let uuids = must(&mut call(&site, runtime, &["exec", "c1", "cat", "/run/mig-hook/uuids"]));
     assert_eq!(uuids.trim(), seen.variable("MIG_DEVICE_UUIDS"));
+    let modes = ["exec", "c1", "stat", "-c", "%a", "/dev/nvidia-caps", "/dev/mig-hook", "/run/mig-hook/uuids"];
+    assert_eq!(must(&mut call(&site, runtime, &modes)), "755\n755\n644\n");
     // Every other slice is closed, and what the config's own rules close or open is as it was.
     let mut others = site.others(&seen);
     assert!(others.len() >= 7, "{others:?}");
