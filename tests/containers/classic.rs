@@ -486,8 +486,8 @@ impl Systemd {
 
     /// `None`, and noted, where it does not come up.
     fn start(site: &Site) -> Option<Systemd> {
-        // Below the name that the engines' world looks for.
-        let name = [&site.dir, &site.path("")].map(|path| path.file_name().unwrap().display().to_string()).join("-");
+        // One name, which begins as the engines' world looks for it.
+        let name = site.cgroup("systemd").replace('/', "");
         let log = std::fs::File::create(site.path("systemd.log")).unwrap();
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-ec", Self::OUTER, "sh"]).arg(&site.dir).args([&name, Self::INNER]);
