@@ -332,6 +332,24 @@ fn a_slice_that_cannot_be_told_is_given_back() {
     assert_eq!((site.audited("grant"), site.audited("release")), (8, 8));
 }
 
+/// The hook itself is killed while it cuts.
+#[test]
+fn a_killed_hook_fails_the_create_and_leaves_nothing() {
+    let Some(site) = Site::new(&["runc", "crun"]) else { return };
+    let calls = ["nvmlDeviceCreateGpuInstance*", "nvmlGpuInstanceCreateComputeInstance*"];
+    for (runtime, fault) in ["runc", "crun"].into_iter().flat_map(|r| calls.map(|call| (r, call))) {
+        let id = format!("{runtime}-{}", fault.len());
+        let dir = hooked(&site, &id, json!({"mig.profile": "1g.10gb"}), &["true"]);
+        site.fault(fault, &["--kill", "after"]);
+        let (there, said) = created(&site, runtime, &dir, &id);
+        assert!(!there, "{id}: {said}");
+        run(&mut call(&site, runtime, &["delete", "--force", &id]));
+        site.gc(); // crun calls no poststop hook when a create fails
+        site.assert_clean(&id);
+    }
+    assert_eq!(site.audited("grant"), 0);
+}
+
 /// Links of an image are not followed, and a /run of the container's own will do.
 #[test]
 fn images_lead_nowhere() {
