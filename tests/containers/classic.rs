@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::common::{binaries, document, run, text, wait_for};
-use crate::runtimes::{bundle, on_v2};
+use crate::runtimes::bundle;
 use crate::{Probe, SOON, Site, detached, installed, kill, must};
 
 /// What a container says of its slice: its nodes, and the variables that it finds in a file.
@@ -69,8 +69,8 @@ fn refusals(site: &Site) -> String {
     lines.map(|line| format!("{}\n", line["reason"].as_str().unwrap())).collect()
 }
 
-fn given_while_it_is_created(runtime: &str) {
-    let Some(site) = Site::new(&[runtime]) else { return };
+pub fn given_while_it_is_created(site: Option<Site>, runtime: &str) {
+    let Some(site) = site else { return };
     site.sim("make", &["--gpu", "0", "--profile", "1g.10gb"]);
     let before = site.instances();
     let dir = hooked(&site, "c1", json!({"mig.profile": "2g.20gb", "mig.gpu": "0"}), &["sleep", "600"]);
@@ -120,81 +120,16 @@ fn given_while_it_is_created(runtime: &str) {
 
 #[test]
 fn given_while_runc_creates_it() {
-    given_while_it_is_created("runc");
+    given_while_it_is_created(Site::new(&["runc"]), "runc");
 }
 
 #[test]
 fn given_while_crun_creates_it() {
-    given_while_it_is_created("crun");
-}
-
-/// The same for a cgroup v2 tree: what this machine may forbid to crun 1.8, which then ends, is swallowed by a library.
-/// `None`, and noted, where that can't be built.
-fn call_for_v2(site: &Site, runtime: &str) -> Option<impl Fn(&[&str]) -> Command> {
-    let mut env = Command::new("env");
-    if runtime == "crun" {
-        if !crate::common::installed("cc") {
-            crate::common::skip(std::thread::current().name().unwrap_or_default(), "no C compiler");
-            return None;
-        }
-        let source = "#define _GNU_SOURCE\n#include <sys/resource.h>\n\
-                      int setrlimit(__rlimit_resource_t r, const struct rlimit *l) { prlimit(0, r, l, 0); return 0; }\n\
-                      int setrlimit64(__rlimit_resource_t r, const struct rlimit64 *l)\n\
-                      { prlimit64(0, r, l, 0); return 0; }\n";
-        let (file, library) = (site.write("limits.c", source), site.shown("limits.so"));
-        must(Command::new("cc").args(["-shared", "-fPIC", "-o", &library]).arg(file));
-        env.arg(format!("LD_PRELOAD={library}"));
-    }
-    let (env, base) = (words_of(&env), words_of(&call(site, runtime, &[])));
-    Some(move |words: &[&str]| {
-        let mut command = Command::new(&env[0]);
-        command.args(&env[1..]).args(&base).args(words);
-        command
-    })
+    given_while_it_is_created(Site::new(&["crun"]), "crun");
 }
 
 fn words_of(command: &Command) -> Vec<std::ffi::OsString> {
     std::iter::once(command.get_program()).chain(command.get_args()).map(Into::into).collect()
-}
-
-fn given_on_v2(runtime: &str) {
-    let Some(site) = Site::new(&[runtime]) else { return };
-    let possible = run(&mut on_v2(Command::new("test").args(["-w", "/sys/fs/cgroup/cgroup.procs"])));
-    if !possible.status.success() {
-        let test = std::thread::current().name().unwrap_or_default().to_owned();
-        return crate::common::skip(&test, "no cgroup v2 tree can be mounted");
-    }
-    let Some(call) = call_for_v2(&site, runtime) else { return };
-    site.sim("make", &["--gpu", "0", "--profile", "1g.10gb"]);
-    let before = site.instances();
-    let gpu = format!("{}:0", site.machine()["majors"]["nvidia"]);
-    let mut others: Vec<String> = site.others(&Probe::default()).into_iter().filter(|d| *d != gpu).collect();
-    others.push(DENIED.to_owned());
-    let script = format!("{PROBE}; mig-probe {ALLOWED} {}; echo x > /dev/null && echo null", others.join(" "));
-    let dir = hooked(&site, "v2", json!({"mig.profile": "2g.20gb", "mig.gpu": "0"}), &["sh", "-c", &script]);
-    let output = run(&mut on_v2(&call(&["run", "--bundle", &dir.display().to_string(), "v2"])));
-    let said = text(&output);
-    assert!(output.status.success(), "{said}\n{}", refusals(&site));
-    let seen = Probe::read(&said);
-    assert_eq!(seen.nodes.len(), 6, "{seen:?}");
-    assert!(seen.nodes.values().all(|(_, verdict)| verdict == "allowed"), "{seen:?}");
-    assert_eq!(seen.variable("MIG_DEVICE_PROFILES"), "2g.20gb");
-    let mut verdicts = Probe::verdicts(&said);
-    assert_ne!(verdicts.remove(ALLOWED).unwrap(), "denied");
-    assert_eq!(verdicts.len(), others.len(), "{said}");
-    assert!(verdicts.values().all(|verdict| verdict == "denied"), "{verdicts:?}");
-    assert!(said.contains("\nnull"), "{said}");
-    assert_eq!((site.leases().len(), site.instances()), (0, before));
-}
-
-#[test]
-fn given_on_cgroup_v2_by_runc() {
-    given_on_v2("runc");
-}
-
-#[test]
-fn given_on_cgroup_v2_by_crun() {
-    given_on_v2("crun");
 }
 
 #[test]
@@ -549,11 +484,11 @@ impl Drop for Systemd {
 /// A daemon-reload makes systemd write the device rules of its units again. The control: the same without what we tell
 /// systemd.
 fn survives_a_reload(runtime: &str) {
-    let Some(site) = Site::new(&[runtime]) else { return };
+    let Some(site) = Site::on_cgroup_v2(&[runtime]) else { return };
     if !Path::new("/lib/systemd/systemd").exists() {
         return crate::common::skip("classic: a systemd scope", "systemd is not installed");
     }
-    let Some(call) = call_for_v2(&site, runtime) else { return };
+    let call = |words: &[&str]| call(&site, runtime, words);
     let Some(systemd) = Systemd::start(&site) else { return };
     let within = |command: &Command| systemd.within(command);
     let own_nodes = |id: &str| {
@@ -601,11 +536,11 @@ fn survives_a_reload(runtime: &str) {
 }
 
 #[test]
-fn a_scope_of_runc_keeps_its_slice_over_a_reload() {
+fn a_scope_of_runc_on_cgroup_v2_keeps_its_slice_over_a_reload() {
     survives_a_reload("runc");
 }
 
 #[test]
-fn a_scope_of_crun_keeps_its_slice_over_a_reload() {
+fn a_scope_of_crun_on_cgroup_v2_keeps_its_slice_over_a_reload() {
     survives_a_reload("crun");
 }
