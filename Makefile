@@ -9,6 +9,7 @@ LIBEXECDIR := $(PREFIX)/libexec
 DATADIR := $(PREFIX)/share
 MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
+CRIODIR := $(DATADIR)/mig-hook/hooks.d/crio
 
 CARGO ?= cargo
 RUSTC ?= rustc
@@ -59,9 +60,10 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	install -D -m 755 $(DIST)/mig-hook $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 docs/man/*.1
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 docs/man/*.8
-	install -d -m 755 $(DESTDIR)$(HOOKSDIR)
-	for hook in hooks/*.json.in; do \
-	    target=$(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); \
+	install -d -m 755 $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR)
+	for hook in hooks/*.json.in hooks/crio/*.json.in; do \
+	    case $$hook in hooks/crio/*) dir=$(CRIODIR) ;; *) dir=$(HOOKSDIR) ;; esac; \
+	    target=$(DESTDIR)$$dir/$$(basename "$$hook" .in); \
 	    sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' "$$hook" >"$$target" && chmod 644 "$$target" || exit 1; \
 	done
 
@@ -70,8 +72,9 @@ uninstall: ## take that away again; settings and state stay
 	rm -f $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
 	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man1/,$(notdir $(wildcard docs/man/*.1)))
 	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(wildcard docs/man/*.8)))
-	for hook in hooks/*.json.in; do rm -f $(DESTDIR)$(HOOKSDIR)/$$(basename "$$hook" .in); done
-	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
+	rm -f $(addprefix $(DESTDIR)$(HOOKSDIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/*.json.in))))
+	rm -f $(addprefix $(DESTDIR)$(CRIODIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/crio/*.json.in))))
+	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
 	    $(DESTDIR)$(DATADIR)/mig-hook
 
 clean: ## remove what was built

@@ -8,17 +8,18 @@ use serde_json::Value;
 
 use crate::bundle;
 use crate::config::Settings;
+use crate::container::{Cgroup, Live, Node};
 use crate::edits;
-use crate::engine::{self, Binding, Engine};
+use crate::engine::{self, Binding, Engine, Failure};
 use crate::gpu::nvml::Nvml;
 use crate::hook::{self, State};
-use crate::host;
-use crate::lease::{Holder, Slice, Way};
+use crate::host::{self, Majors};
+use crate::lease::{Holder, Lease, Slice, Way};
 use crate::report::{self, Refused};
 use crate::request;
 
-/// Takes what a container asks for while its runtime creates it. `slice`: a CDI spec's hook takes just this one, whose nodes
-/// are in the config already.
+/// Takes what a container asks for while its runtime creates it, and puts it into the container. `slice`: a CDI spec's hook
+/// takes just this one, whose nodes are in the config already.
 pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     let state = hook::state()?;
     let holder = holder(hook::binding(&state)?, &state.value, way(slice))?;
@@ -31,19 +32,31 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     let Some(request) = asked? else { return Ok(()) };
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    // Where precreate or the shim edited the config, its container is served already.
-    if slice.is_none()
-        && let Some(token) = edits::marked(&state.value)
-        && engine.serves(token, &state.id)?
-    {
-        return Ok(());
+    // Where precreate or the shim edited the config, its container is served already; and where this hook was registered
+    // for createRuntime and prestart, by its first call.
+    if slice.is_none() {
+        if let Some(token) = edits::marked(&state.value)
+            && engine.serves(token, &state.id)?
+        {
+            return Ok(());
+        }
+        let held = engine.leases_of_hooks(Way::Classic, &state.id, state.bundle.as_deref())?;
+        if held.iter().any(|lease| lease.holder.init == holder.init) {
+            return Ok(());
+        }
     }
+    let site = match slice {
+        Some(_) => None,
+        None => Some(Site::of(settings, &holder).inspect_err(|error| {
+            engine::audit_refusal(&holder, Some(&request), &report::sentence(error));
+        })?),
+    };
     let lease = engine.acquire(&request, &holder)?;
-    let fit = slice.map_or(Ok(()), |uuid| check(settings, &engine, &holder, uuid));
-    fit.inspect_err(|error| {
+    let given = site.map_or(Ok(()), |site| site.give(settings, &lease));
+    let fit = slice.map_or(Ok(()), |uuid| check(settings, &engine, &holder, uuid)).inspect_err(|error| {
         engine::audit_refusal(&holder, Some(&request), &report::sentence(error));
-        hook::give_back(&engine, &lease.token);
-    })
+    });
+    given.and(fit).inspect_err(|_| hook::give_back(&engine, &lease.token))
 }
 
 /// Refuses a container that would reach more than the slices that `--device` gave it, which the engine has written into its
@@ -73,7 +86,8 @@ fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> 
     hook::check_modes(settings, &nodes)?;
     edits::drop_rules_of(&mut config, &nodes);
     let named = config.pointer("/linux/cgroupsPath").is_some_and(Value::is_string);
-    hook::check(settings, &config, majors, Some(bundle), named || holder.cgroup.is_some())
+    hook::check_dev(&config, Some(bundle))?;
+    hook::check_rules(settings, &config, majors, named || holder.cgroup.is_some())
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.
@@ -105,4 +119,59 @@ fn holder(binding: Binding, state: &Value, way: Way) -> Result<Holder> {
     holder.runtime_root = binding.runtime_root;
     holder.runtime = binding.runtime;
     Ok(holder)
+}
+
+/// Where a container's slices go: looked at, and found fit, before anything is acquired.
+struct Site {
+    live: Live,
+    cgroup: Cgroup,
+    majors: Majors,
+}
+
+impl Site {
+    fn of(settings: &Settings, holder: &Holder) -> Result<Site> {
+        let bundle = holder.bundle.as_deref().ok_or_else(|| {
+            Refused("the runtime does not say where the container's bundle is (crun before 1.27); update it".into())
+        })?;
+        let path = bundle.join("config.json");
+        let shown = path.display().to_string();
+        let config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+        hook::check_dev(&config, Some(bundle))?;
+        let majors = engine::host_of(settings).majors()?;
+        // Not stripped: what the config allows is allowed by now.
+        hook::check_rules(settings, &config, majors, true)?;
+        let init =
+            holder.init.ok_or_else(|| Failure::BadRequest("the pid in the State is of no living process".into()))?;
+        let text = |at: &str| config.pointer(at).and_then(Value::as_str);
+        let root = text("/root/path").ok_or_else(|| Failure::BadRequest(format!("{shown} has no root.path")))?;
+        let live = Live::of(init.pid, &bundle.join(root), edits::has_tmpfs(&config, "/run"))?;
+        let cgroup = Cgroup::of(init.pid, text("/linux/cgroupsPath"))?;
+        if let Some(why) = cgroup.open()?.filter(|_| !settings.open_device_rules) {
+            return Err(Refused(hook::open_sentence(&why)).into());
+        }
+        // Alive before and after, so the files looked at in between were its own.
+        if !host::alive(init) {
+            return Err(Failure::BadRequest("the container's first process has ended".into()).into());
+        }
+        Ok(Site { live, cgroup, majors })
+    }
+
+    /// Nodes, then what tells the container its slices, then the rules that open the nodes.
+    fn give(&self, settings: &Settings, lease: &Lease) -> Result<()> {
+        let nodes: Vec<Node> = engine::nodes_of(&engine::host_of(settings), &lease.slices, self.majors)
+            .into_iter()
+            .map(live_node)
+            .collect();
+        self.live.make_nodes(&nodes)?;
+        let lines = |list: &[String]| list.iter().map(|line| format!("{line}\n")).collect::<String>();
+        let uuids: Vec<String> = lease.uuids().split(',').map(str::to_owned).collect();
+        let environment = edits::environment(&lease.uuids(), &lease.profiles());
+        self.live.tell(&[("uuids", lines(&uuids)), ("environment", lines(&environment))])?;
+        Ok(self.cgroup.allow(&nodes)?)
+    }
+}
+
+fn live_node(node: edits::Node) -> Node {
+    let edits::Node { name, major, minor, mode } = node;
+    Node { path: name, major, minor, mode: mode.mode, uid: mode.uid, gid: mode.gid }
 }

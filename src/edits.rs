@@ -313,15 +313,8 @@ pub fn open_rule(config: &Value, majors: Majors) -> Option<String> {
 /// A sentence where /dev itself is mounted from elsewhere: no runtime makes nodes there then, and the container would start
 /// without its slice.
 pub fn bound_dev(config: &Value) -> Option<String> {
-    let mounts = config.get("mounts").and_then(Value::as_array)?;
-    let text = |m: &Value, key: &str| m.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let is_dev = |m: &Value| Path::new(&text(m, "destination")).components().eq(Path::new("/dev").components());
-    let option = |m: &Value, name: &str| {
-        m.get("options").and_then(Value::as_array).is_some_and(|all| all.iter().any(|o| o.as_str() == Some(name)))
-    };
-    let bound = |m: &Value| text(m, "type") == "bind" || option(m, "bind") || option(m, "rbind");
-    let mount = mounts.iter().find(|m| is_dev(m) && bound(m))?;
-    let source = text(mount, "source");
+    let mount = mounts_at(config, "/dev").find(|m| is_bind(m))?;
+    let source = mount.get("source").and_then(Value::as_str).unwrap_or_default();
     Some(format!("{source} is mounted over the container's /dev, where its slice's nodes would have to be made"))
 }
 
@@ -329,6 +322,26 @@ pub fn bound_dev(config: &Value) -> Option<String> {
 pub fn has_user_namespace(config: &Value) -> bool {
     let namespaces = config.pointer("/linux/namespaces").and_then(Value::as_array);
     namespaces.is_some_and(|all| all.iter().any(|n| n.get("type").is_some_and(|kind| kind == "user")))
+}
+
+/// Whether the last mount at that place is a tmpfs made for this container.
+pub fn has_tmpfs(config: &Value, at: &str) -> bool {
+    let last = mounts_at(config, at).last();
+    last.is_some_and(|m| m.get("type").and_then(Value::as_str) == Some("tmpfs") && !is_bind(m))
+}
+
+fn mounts_at<'a>(config: &'a Value, at: &str) -> impl Iterator<Item = &'a Value> {
+    let mounts = config.get("mounts").and_then(Value::as_array).into_iter().flatten();
+    mounts.filter(move |m| {
+        let destination = m.get("destination").and_then(Value::as_str).unwrap_or_default();
+        Path::new(destination).components().eq(Path::new(at).components())
+    })
+}
+
+fn is_bind(mount: &Value) -> bool {
+    let options = mount.get("options").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+    mount.get("type").and_then(Value::as_str) == Some("bind")
+        || options.into_iter().any(|o| o == "bind" || o == "rbind")
 }
 
 fn allows(rule: &Value) -> bool {

@@ -556,23 +556,41 @@ pub fn installed(name: &str) -> Option<PathBuf> {
     })
 }
 
-/// `mig-hook [--config FILE] STAGE [--lease TOKEN]`. A late or second poststop, whose lease is gone, ends here.
+/// `mig-hook [--config FILE] STAGE [--lease TOKEN | --slice UUID]`. A late or second poststop, whose lease is gone, ends
+/// here; so does a hook without either, as an administrator registers it for every container, where nothing is asked.
 pub fn hook(args: Vec<OsString>) -> i32 {
     handover::unblock_signals();
     let given = args.get(1..).unwrap_or_default().to_vec();
-    if given.iter().any(|a| a == "poststop") {
-        let after = |name: &str| given.iter().position(|a| a == name).and_then(|at| given.get(at + 1));
+    let has = |word: &str| given.iter().any(|a| a == word);
+    let after = |name: &str| given.iter().position(|a| a == name).and_then(|at| given.get(at + 1));
+    if has("poststop") && has("--lease") {
         let outline = Outline::read(after("--config").map(Path::new));
         let state_dir = state_dir(outline.state_dir);
         let token = after("--lease").and_then(|t| t.to_str()).filter(|t| plain_name(t));
         let lease = token.map(|t| state_dir.join("leases").join(format!("{t}.json")));
         if lease.is_some_and(|l| !l.exists()) {
-            // To the end, or the runtime that writes the State gets EPIPE; crun 1.28 writes many lines.
-            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            drain();
             return 0;
+        }
+    } else if ["createRuntime", "prestart", "poststop"].iter().any(|stage| has(stage))
+        && !["--lease", "--slice"].iter().any(|name| has(name))
+    {
+        let mut state = Vec::new();
+        let read = std::io::stdin().lock().take(CONFIG_LIMIT + 1).read_to_end(&mut state);
+        if read.is_ok() && asked(&state, false) == Asked::Nothing {
+            drain();
+            return 0;
+        }
+        if let Err(error) = handover::give_stdin(&state) {
+            return fail("mig-hook", &format!("cannot hand the State on to mig-engine: {error}"));
         }
     }
     become_engine("hook", &given, &[])
+}
+
+/// Reads standard input to its end, or the runtime that writes the State gets EPIPE; crun 1.28 writes many lines.
+fn drain() {
+    let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
 }
 
 /// Becomes `mig-engine WAY ARGS…` with an environment that no loader reads.

@@ -8,8 +8,8 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
-use std::io;
-use std::os::fd::{FromRawFd, RawFd};
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -107,6 +107,19 @@ fn close_on_exec_one_by_one(keep: &std::ops::Range<RawFd>) {
     }
 }
 
+/// Makes `bytes` the standard input of the next program: those that we have read from ours.
+pub fn give_stdin(bytes: &[u8]) -> io::Result<()> {
+    // SAFETY: memfd_create takes a name and flags and returns a new descriptor or -1.
+    let mut file = own(unsafe { libc::syscall(libc::SYS_memfd_create, c"state".as_ptr(), libc::MFD_CLOEXEC) })?;
+    file.write_all(bytes)?;
+    file.rewind()?;
+    // SAFETY: both are descriptors of this process; the copy outlives `file`.
+    match unsafe { libc::dup2(file.as_raw_fd(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Becomes `program`. Returns only on failure. `env` holds whole `KEY=VALUE` strings.
 pub fn exec(program: &Path, argv: &[OsString], env: &[OsString]) -> io::Error {
     let c = |s: &OsStr| CString::new(s.as_bytes()).map_err(io::Error::from);
@@ -162,7 +175,6 @@ pub fn stderr_of(pid: u32) -> io::Result<File> {
     // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let pidfd = own(pidfd)?;
-    use std::os::fd::AsRawFd;
     // SAFETY: pidfd_getfd takes three integers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), 2, 0) };
     own(fd)

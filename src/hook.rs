@@ -137,26 +137,27 @@ pub(crate) fn prepare(
 }
 
 fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>, cgroup: bool) -> Result<Majors> {
+    check_dev(config, bundle)?;
     let majors = engine::host_of(settings).majors()?;
     edits::strip(config, majors);
-    check(settings, config, majors, bundle, cgroup)?;
+    check_rules(settings, config, majors, cgroup)?;
     Ok(majors)
 }
 
-/// Refuses a container whose /dev is not its own, or whose rules open NVIDIA devices.
-pub(crate) fn check(
-    settings: &Settings,
-    config: &Value,
-    majors: Majors,
-    bundle: Option<&Path>,
-    cgroup: bool,
-) -> Result<()> {
+/// Refuses a container whose /dev is not made for it by the runtime.
+pub(crate) fn check_dev(config: &Value, bundle: Option<&Path>) -> Result<()> {
     if let Some(why) = edits::bound_dev(config) {
         return Err(Refused(why).into());
     }
     if bundle::dev_is_link(config, bundle) {
         return Err(Refused("/dev in the image is a symbolic link; nodes are not made behind it".into()).into());
     }
+    Ok(())
+}
+
+/// Refuses a container whose device rules would open other slices than its own, or that has no `cgroup` to enforce them,
+/// unless the settings allow that.
+pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, cgroup: bool) -> Result<()> {
     // Without root nothing enforces them in any case (docs/engines-rootless.md).
     let open = if cgroup || settings.rootless.is_some() {
         edits::open_rule(config, majors)
@@ -164,11 +165,7 @@ pub(crate) fn check(
         Some("it runs without a cgroup, so nothing enforces its device rules".into())
     };
     match open {
-        Some(why) if !settings.open_device_rules => Err(Refused(format!(
-            "the container would reach other slices than its own: {why}; start it without --privileged, wide \
-             --device-cgroup-rule and --cgroups=disabled, or set requests.open_device_rules = true where that is meant"
-        ))
-        .into()),
+        Some(why) if !settings.open_device_rules => Err(Refused(open_sentence(&why)).into()),
         _ => Ok(()),
     }
 }
@@ -180,6 +177,13 @@ pub(crate) fn check_modes(settings: &Settings, nodes: &[Node]) -> Result<()> {
     let Some(path) = closed.map(|path| path.display().to_string()) else { return Ok(()) };
     Err(Refused(format!("uid {uid} may not open {path}; an administrator can allow it: setfacl -m u:{uid}:rw {path}"))
         .into())
+}
+
+pub(crate) fn open_sentence(why: &str) -> String {
+    format!(
+        "the container would reach other slices than its own: {why}; start it without --privileged, wide \
+         --device-cgroup-rule and --cgroups=disabled, or set requests.open_device_rules = true where that is meant"
+    )
 }
 
 /// Writes a lease's slices into a prepared config.

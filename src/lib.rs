@@ -6,15 +6,16 @@
 //!
 //! ```text
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
-//! ways in    cli  hook  classic  shim  report                     know argv, stdin, stdout, exit codes
-//! engine     engine                                               the only file that orders lease, GPU and lock
-//! pure       request  profile  placement  lease  edits  cdi       no file, no process, no clock
-//! edges      gpu  store  host  bundle  runtime  config  cdi_file  one machine each; never import the engine or each other
-//! start      first  handover                                      is anything asked? else exec the low-level runtime
+//! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
+//! engine     engine                                                         the only file that orders lease, GPU and lock
+//! pure       request  profile  placement  lease  edits  cdi                 no file, no process, no clock
+//! edges      gpu  store  host  bundle  runtime  config  container  cdi_file one machine each; never import the engine or each other
+//! start      first  handover                                                is anything asked? else exec the low-level runtime
 //! ```
 //!
 //! Rows above import rows below, never upward; `tests/layout.rs` keeps this true. `unsafe` is denied here and allowed in
-//! two files: `gpu/ffi.rs` (NVML) and `handover.rs` (what a process inherits and hands on; docs/decisions/0001).
+//! three files: `gpu/ffi.rs` (NVML), `handover.rs` (what a process inherits and hands on) and `container/bpf.rs` (bpf(2));
+//! docs/decisions/0001.
 
 #![deny(unsafe_code)]
 
@@ -33,6 +34,8 @@ pub mod classic;
 pub mod cli;
 #[cfg(feature = "engine")]
 pub mod config;
+#[cfg(feature = "engine")]
+pub mod container;
 #[cfg(feature = "engine")]
 pub mod edits;
 #[cfg(feature = "engine")]

@@ -15,6 +15,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::bundle::BundleError;
 use crate::config::{ConfigError, Settings};
+use crate::container::ContainerError;
 use crate::engine::Failure;
 use crate::gpu::GpuError;
 use crate::host::HostError;
@@ -84,6 +85,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
         return Some(match bundle {
             BundleError::Read { .. } | BundleError::Replace { .. } => Exit::Io,
             _ => Exit::BadRequest,
+        });
+    }
+    if let Some(container) = cause.downcast_ref::<ContainerError>() {
+        return Some(match container {
+            ContainerError::Refused(_) => Exit::NotAllowed,
+            ContainerError::Failed { .. } => Exit::Io,
         });
     }
     if cause.is::<RequestError>() {

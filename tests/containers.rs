@@ -9,6 +9,8 @@
 mod cdi;
 #[path = "containers/cgroup2.rs"]
 mod cgroup2;
+#[path = "containers/classic.rs"]
+mod classic;
 mod common;
 #[path = "containers/compose.rs"]
 mod compose;
@@ -210,9 +212,10 @@ impl Site {
         self.path(relative).display().to_string()
     }
 
-    /// Below which our containers' cgroups are: where the engines' world looks for what is left.
+    /// Below which our containers' cgroups are: where the engines' world looks for what is left. No two tests share one.
     fn cgroup(&self, name: &str) -> String {
-        format!("/{}/{name}", self.dir.file_name().unwrap().to_str().unwrap())
+        let [world, site] = [&self.dir, &self.path("")].map(|path| path.file_name().unwrap().display().to_string());
+        format!("/{world}/{site}-{name}")
     }
 
     /// Waits until nothing is leased and nothing is cut.

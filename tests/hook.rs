@@ -119,7 +119,7 @@ fn a_bind_that_can_not_be_believed_fails_the_create() {
     let bundle = world.path("b");
     let cases: [(&str, Output, i32, &str); 9] = [
         ("unknown token", bind(&world, "00000000000000000000000000000000", "c1", 1), 75, "was freed"),
-        ("no token", world.hook(&["createRuntime"], &state("c1", 1, &bundle)), 64, "--lease"),
+        ("no token", world.hook(&["createRuntime", "--lease"], &state("c1", 1, &bundle)), 64, "--lease"),
         (
             "a path as token",
             world.hook(&["createRuntime", "--lease", "../lock"], &state("c1", 1, &bundle)),
@@ -151,7 +151,11 @@ fn a_bind_that_can_not_be_believed_fails_the_create() {
     }
     assert_eq!(world.lease()["holder"]["container"], Value::Null);
     let typo = world.hook(&["precreat"], b"{}");
-    assert!(code(&typo) == 64 && text(&typo).contains("precreate, createRuntime and poststop"), "{}", text(&typo));
+    assert!(
+        code(&typo) == 64 && text(&typo).contains("precreate, createRuntime, prestart and poststop"),
+        "{}",
+        text(&typo)
+    );
     assert_eq!(code(&poststop(&world, &token, &state("c1", 0, &bundle))), 0);
 }
 
@@ -527,4 +531,42 @@ fn nvml_is_started_once_a_process_also_when_what_was_cut_is_undone() {
     world.assert_clean("after the undone create");
     world.hook(&["poststop", "--lease", &token], &state("c1", 1, &world.path("b")));
     assert_eq!(starts(), 0, "a second poststop");
+}
+
+/// The classic hook believes a State only where the container behind it is one.
+#[test]
+fn a_classic_hook_takes_nothing_for_what_is_no_container() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let init = Init::start();
+    let bundle = world.bundle("b", &asked());
+    let state = |pid: u32, bundle: &Path| {
+        let annotations = json!({"mig.profile": "1g.10gb"});
+        let state =
+            json!({"ociVersion": "1.0.2", "id": "c1", "pid": pid, "bundle": bundle, "annotations": annotations});
+        state.to_string().into_bytes()
+    };
+    let open = world.bundle("open", &{
+        let mut config = asked();
+        config["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        config
+    });
+    let twice = world.bundle("twice", &asked());
+    std::fs::write(twice.join("config.json"), r#"{"root":{},"root":{}}"#).unwrap();
+    let cases = [
+        ("the host's namespaces", state(init.pid(), &bundle), 77, "shares the host's file systems"),
+        ("no such process", state(4_000_000, &bundle), 65, "no living process"),
+        ("crun's bundle", state(init.pid(), Path::new("/")), 77, "where the container's bundle is"),
+        ("no config", state(init.pid(), &world.path("nowhere")), 74, "nowhere/config.json"),
+        ("open rules", state(init.pid(), &open), 77, "--privileged"),
+        ("a key twice", state(init.pid(), &twice), 65, "is there twice"),
+    ];
+    for (name, state, expected, word) in cases {
+        let output = world.hook(&["createRuntime"], &state);
+        assert_eq!(code(&output), expected, "{name}: {}", text(&output));
+        assert!(text(&output).contains(word), "{name}: {}", text(&output));
+        world.assert_clean(name);
+    }
+    assert_eq!(world.audit().iter().filter(|line| line["event"] == "refusal").count(), 6);
+    let output = world.hook(&["poststop"], &state(init.pid(), &bundle));
+    assert_eq!(code(&output), 0, "poststop of what holds nothing: {}", text(&output));
 }

@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::{World, binaries, config, installed, run, skip, text};
+use common::{World, binaries, config, feed, installed, run, skip, text};
 use serde_json::{Value, json};
 
 /// Program calls that succeeded, and every open and lock, of a traced command.
@@ -295,4 +295,31 @@ fn a_container_that_asks_is_seen_by_the_same_means() {
     for sign in ["libnvidia-ml.so.1", "flock(", "/state/lock", "O_CREAT"] {
         assert!(trace.lines.iter().any(|l| l.contains(sign)), "the checks above would not see {sign}");
     }
+}
+
+/// Registered for every container (containerd's base_runtime_spec), the hook reads the State and that is all: alone in its
+/// directory it could start no engine.
+#[test]
+fn a_hook_for_every_container_ends_in_its_first_stage() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.write("config.toml", "this is no settings file");
+    let alone = world.path("alone");
+    std::fs::create_dir(&alone).unwrap();
+    std::fs::copy(binaries().join("mig-hook"), alone.join("mig-hook")).unwrap();
+    let hook = |stage: &str, annotations: &Value| {
+        let state = json!({"ociVersion": "1.0.2", "id": "c1", "pid": 1, "bundle": "/b", "annotations": annotations});
+        let mut command = Command::new(alone.join("mig-hook"));
+        command.arg("--config").arg(world.config()).arg(stage);
+        feed(&mut command, format!("{state:#}\n").as_bytes())
+    };
+    for stage in ["createRuntime", "prestart", "poststop"] {
+        let sandbox = json!({"mig.profile": "1g.10gb", "io.kubernetes.cri.container-type": "sandbox"});
+        for silent in [json!({}), Value::Null, json!({"migrate": "1"}), sandbox] {
+            let output = hook(stage, &silent);
+            assert_eq!(text(&output), "exit status: 0\n", "{stage} {silent}");
+        }
+        let output = hook(stage, &json!({"mig.profile": "1g.10gb"}));
+        assert!(!output.status.success() && text(&output).contains("mig-engine"), "{}", text(&output));
+    }
+    assert!(!world.path("state").exists());
 }

@@ -1,7 +1,7 @@
 //! Once more on cgroup v2, where a BPF program decides which devices open: on a machine that has v1 too, whose other tests
 //! run there.
 
-use crate::{Site, WORLD, cgroup_v2, containerd, docker, killed, podman, runtimes, skip};
+use crate::{Site, WORLD, cgroup_v2, classic, containerd, docker, killed, podman, runtimes, skip};
 
 /// Nothing to repeat where the other tests have cgroup v2 already; unless this is where they are repeated.
 fn on_v2(engines: &[&str]) -> Option<Site> {
@@ -59,4 +59,14 @@ fn crun() {
 #[test]
 fn youki() {
     runtimes::created_started_and_deleted(on_v2(&["youki"]), "youki");
+}
+
+#[test]
+fn the_classic_hook_and_runc() {
+    classic::given_while_it_is_created(on_v2(&["runc"]), "runc");
+}
+
+#[test]
+fn the_classic_hook_and_crun() {
+    classic::given_while_it_is_created(on_v2(&["crun"]), "crun");
 }

@@ -9,7 +9,7 @@ use crate::common::{binaries, document, run, text, wait_for};
 use crate::{Probe, SOON, Site, detached, installed, must};
 
 /// A bundle as `runc spec` makes it, with the busybox root, a request, and a capability to make nodes.
-fn bundle(site: &Site, name: &str, annotations: Value, words: &[&str]) -> PathBuf {
+pub fn bundle(site: &Site, name: &str, annotations: Value, words: &[&str]) -> PathBuf {
     let dir = site.path(name);
     std::fs::create_dir(&dir).unwrap();
     must(Command::new(installed("runc")).args(["spec", "--bundle"]).arg(&dir));
