@@ -99,7 +99,7 @@ eng_scratch() {
 # Where engines keep things whatever they are told, and the leases of a mig-hook that is at work here. Covered by an empty
 # tmpfs in the mount namespace, so that nothing of the host's is seen or changed.
 eng_shadowed=(/run/mig-hook /run/runc /run/crun /run/containerd /run/docker /run/libpod /run/containers /run/mount
-    /var/lib/containers /var/lib/cni /etc/docker /etc/cni)
+    /run/cdi /etc/cdi /var/lib/containers /var/lib/cni /etc/docker /etc/cni)
 
 # Directories that have to be made for that. They are taken away again, if nothing moved in.
 eng_make_shadowed() {
@@ -457,7 +457,7 @@ eng_docker() {
     client=/usr/bin/docker
     [[ -x $client ]] || client=$(PATH=${PATH#"$ENG_DIR/bin:"} command -v docker) || eng_die "no docker client" || return
     mkdir -p "$dir" "$ENG_DIR/home/docker"
-    [[ -e $ENG_DIR/daemon.json ]] || echo '{}' >"$ENG_DIR/daemon.json"
+    [[ -e $ENG_DIR/daemon.json ]] || echo '{"features": {"cdi": true}}' >"$ENG_DIR/daemon.json"
     cat >"$ENG_DIR/bin/docker" <<WRAPPER
 #!/bin/sh
 unset DOCKER_CONTEXT DOCKER_HOST DOCKER_TLS_VERIFY DOCKER_CERT_PATH DOCKER_API_VERSION

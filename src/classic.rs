@@ -1,6 +1,8 @@
 //! The classic hook: createRuntime (or prestart) and poststop as an administrator or a CDI spec registers them, for engines
 //! that let nobody edit the config. There is no token in the config: the lease is found by the container's id and bundle.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde_json::Value;
 
@@ -12,7 +14,7 @@ use crate::engine::{self, Binding, Engine, Failure};
 use crate::gpu::nvml::Nvml;
 use crate::hook::{self, State};
 use crate::host::{self, Majors};
-use crate::lease::{Holder, Lease, Way};
+use crate::lease::{Holder, Lease, Slice, Way};
 use crate::report::{self, Refused};
 use crate::request;
 
@@ -51,7 +53,41 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     };
     let lease = engine.acquire(&request, &holder)?;
     let given = site.map_or(Ok(()), |site| site.give(settings, &lease));
-    given.inspect_err(|_| hook::give_back(&engine, &lease.token))
+    let fit = slice.map_or(Ok(()), |uuid| check(settings, &engine, &holder, uuid)).inspect_err(|error| {
+        engine::audit_refusal(&holder, Some(&request), &report::sentence(error));
+    });
+    given.and(fit).inspect_err(|_| hook::give_back(&engine, &lease.token))
+}
+
+/// Refuses a container that would reach more than the slices that `--device` gave it, which the engine has written into its
+/// config already. One hook runs for each of them; the last one looks, when all are held.
+fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> Result<()> {
+    let bundle = holder.bundle.as_deref().unwrap_or(Path::new("."));
+    let path = bundle.join("config.json");
+    let shown = path.display().to_string();
+    let mut config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+    if edits::claimed(&config).last().is_some_and(|last| *last != slice) {
+        return Ok(());
+    }
+    let container = holder.container.as_deref().unwrap_or_default();
+    let held: Vec<Slice> =
+        engine.leases_of_hooks(Way::Cdi, container, Some(bundle))?.into_iter().flat_map(|lease| lease.slices).collect();
+    let limit = settings.slices_per_container;
+    if held.len() > limit as usize {
+        return Err(Refused(format!(
+            "the container was given {} slices; limits.slices_per_container allows {limit}",
+            held.len()
+        ))
+        .into());
+    }
+    let host = engine::host_of(settings);
+    let majors = host.majors()?;
+    let nodes = engine::nodes_of(&host, &held, majors);
+    hook::check_modes(settings, &nodes)?;
+    edits::drop_rules_of(&mut config, &nodes);
+    let named = config.pointer("/linux/cgroupsPath").is_some_and(Value::is_string);
+    hook::check_dev(&config, Some(bundle))?;
+    hook::check_rules(settings, &config, majors, named || holder.cgroup.is_some())
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.
@@ -122,7 +158,10 @@ impl Site {
 
     /// Nodes, then what tells the container its slices, then the rules that open the nodes.
     fn give(&self, settings: &Settings, lease: &Lease) -> Result<()> {
-        let nodes: Vec<Node> = hook::nodes(settings, lease, self.majors).into_iter().map(live_node).collect();
+        let nodes: Vec<Node> = engine::nodes_of(&engine::host_of(settings), &lease.slices, self.majors)
+            .into_iter()
+            .map(live_node)
+            .collect();
         self.live.make_nodes(&nodes)?;
         let lines = |list: &[String]| list.iter().map(|line| format!("{line}\n")).collect::<String>();
         let uuids: Vec<String> = lease.uuids().split(',').map(str::to_owned).collect();

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::first::{SETTINGS, STATE_DIR};
+use crate::first::{self, SETTINGS};
 
 /// Where the driver's library may lie under `driver.root`, in order.
 const LIBRARY_DIRS: [&str; 6] =
     ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"];
 const LIBRARY: &str = "libnvidia-ml.so.1";
+/// Who owns what has no owner in our user namespace (user_namespaces(7); every distribution keeps the default).
+const OVERFLOW_UID: u32 = 65534;
 
 /// A settings file as written. Unknown keys are refused with the nearest valid one.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -25,6 +27,7 @@ struct Fragment {
     placement: PlacementFragment,
     requests: RequestsFragment,
     log: LogFragment,
+    cdi: CdiFragment,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -77,8 +80,14 @@ struct LogFragment {
     audit_file: Option<PathBuf>,
 }
 
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct CdiFragment {
+    spec: Option<PathBuf>,
+}
+
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -95,6 +104,7 @@ const KEYS: [&str; 16] = [
     "log.level",
     "log.socket",
     "log.audit_file",
+    "cdi.spec",
 ];
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
@@ -148,6 +158,11 @@ pub struct Settings {
     pub log_socket: PathBuf,
     /// JSON lines of grants, refusals and releases, besides the log (`log.audit_file`).
     pub audit_file: Option<PathBuf>,
+    /// The CDI spec that is kept true (`cdi.spec`); `None`: none is.
+    pub cdi_spec: Option<PathBuf>,
+    /// The uid outside of one who is root in a user namespace only: no setting. Then state is the user's own, and what is
+    /// root's to write, audit file and CDI spec, is left out.
+    pub rootless: Option<u32>,
 }
 
 /// A settings file that can't be used.
@@ -173,6 +188,21 @@ pub enum ConfigError {
         /// Its mode bits.
         mode: u32,
     },
+    /// A program of ours is not where it should be.
+    #[error("mig-hook is neither in {dir} nor in libexec/oci/hooks.d; is it installed completely?")]
+    Incomplete {
+        /// Where this program lies.
+        dir: String,
+    },
+    /// A user without root has no directory for leases.
+    #[error(
+        "{dir} is not there: the leases of a user without root live in it; log in through a session, or have an \
+         administrator run: loginctl enable-linger"
+    )]
+    NoSession {
+        /// The directory.
+        dir: String,
+    },
     /// Its content is wrong.
     #[error("settings file {path}: {reason}")]
     Invalid {
@@ -188,6 +218,10 @@ impl Settings {
     pub fn load(file: Option<&Path>) -> Result<Settings, ConfigError> {
         let path = file.unwrap_or(Path::new(SETTINGS));
         let shown = path.display().to_string();
+        let state = first::state_dir(None);
+        if let Some(dir) = state.parent().filter(|dir| first::rootless().is_some() && !dir.is_dir()) {
+            return Err(ConfigError::NoSession { dir: dir.display().to_string() });
+        }
         match std::fs::read_to_string(path) {
             Ok(text) => {
                 refuse_if_writable_by_others(path, &shown)?;
@@ -217,7 +251,7 @@ impl Settings {
     }
 
     fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
-        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log } = fragment;
+        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi } = fragment;
         let default = Settings::under(absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into()));
         let one_of = |key: &str, value: Option<String>, default: String, valid: &[&str]| match value {
             None => Ok(default),
@@ -229,9 +263,11 @@ impl Settings {
                 "limits.slices_per_container = 0 would refuse every request; leave it out or give at least 1".into()
             );
         }
+        let roots = |path: Option<PathBuf>| path.filter(|_| default.rootless.is_none());
         Ok(Settings {
             file: None,
-            state_dir: absolute("state_dir", state_dir)?.unwrap_or(default.state_dir),
+            rootless: default.rootless,
+            state_dir: first::state_dir(absolute("state_dir", state_dir)?),
             nvml: absolute("driver.nvml", driver.nvml)?.unwrap_or(default.nvml),
             proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or(default.proc_root),
             dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or(default.dev_root),
@@ -246,7 +282,8 @@ impl Settings {
             open_device_rules: requests.open_device_rules.unwrap_or(default.open_device_rules),
             level: one_of("log.level", log.level, default.level, &LEVELS)?,
             log_socket: absolute("log.socket", log.socket)?.unwrap_or(default.log_socket),
-            audit_file: absolute("log.audit_file", log.audit_file)?,
+            audit_file: roots(absolute("log.audit_file", log.audit_file)?),
+            cdi_spec: roots(spec_file(absolute("cdi.spec", cdi.spec)?)?),
         })
     }
 
@@ -254,7 +291,7 @@ impl Settings {
     fn under(driver_root: PathBuf) -> Settings {
         Settings {
             file: None,
-            state_dir: STATE_DIR.into(),
+            state_dir: first::state_dir(None),
             nvml: find_library(&driver_root),
             proc_root: "/proc".into(),
             dev_root: driver_root.join("dev"),
@@ -270,6 +307,8 @@ impl Settings {
             level: "info".to_owned(),
             log_socket: "/dev/log".into(),
             audit_file: None,
+            cdi_spec: None,
+            rootless: first::rootless(),
         }
     }
 }
@@ -288,6 +327,26 @@ fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String>
     }
 }
 
+/// Engines read nothing else in their CDI directories.
+fn spec_file(path: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+    match path {
+        Some(p) if p.extension().is_none_or(|e| e != "json") => {
+            Err(format!("cdi.spec = \"{}\" must end in .json: engines read no other CDI specs", p.display()))
+        }
+        other => Ok(other),
+    }
+}
+
+/// `mig-hook` as the hooks that we write name it: beside this program, or where `make install` puts it, seen from
+/// PREFIX/libexec/mig-hook and from PREFIX/bin.
+pub fn hook_program() -> Result<PathBuf, ConfigError> {
+    const PLACES: [&str; 3] = ["mig-hook", "../oci/hooks.d/mig-hook", "../libexec/oci/hooks.d/mig-hook"];
+    let this = std::env::current_exe();
+    let dir = this.as_deref().ok().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let found = PLACES.iter().find_map(|place| dir.join(place).canonicalize().ok());
+    found.ok_or_else(|| ConfigError::Incomplete { dir: dir.display().to_string() })
+}
+
 fn find_library(root: &Path) -> PathBuf {
     let found = LIBRARY_DIRS.iter().map(|dir| root.join(dir).join(LIBRARY)).find(|path| path.exists());
     found.unwrap_or_else(|| root.join(LIBRARY_DIRS[0]).join(LIBRARY))
@@ -295,7 +354,9 @@ fn find_library(root: &Path) -> PathBuf {
 
 fn refuse_if_writable_by_others(path: &Path, shown: &str) -> Result<(), ConfigError> {
     let Ok(meta) = path.metadata() else { return Ok(()) };
-    let ours = meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
+    // In a user namespace everybody outside is the overflow uid, root too. Who sits there could name another file anyway.
+    let outside = first::rootless().is_some() && meta.uid() == OVERFLOW_UID;
+    let ours = outside || meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
     match ours && meta.mode() & 0o022 == 0 {
         true => Ok(()),
         false => Err(ConfigError::Writable { path: shown.into(), uid: meta.uid(), mode: meta.mode() & 0o7777 }),
@@ -348,6 +409,7 @@ mod tests {
                 "placement.policy" => "\"binpack\"",
                 "requests.environment" | "requests.open_device_rules" => "true",
                 "log.level" => "\"debug\"",
+                "cdi.spec" => "\"/x.json\"",
                 _ => "\"/x\"",
             };
             Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
@@ -374,6 +436,7 @@ mod tests {
             ("placement.policy = \"best\"", "scc, first-fit"),
             ("limits.slices_per_container = 0", "at least 1"),
             ("slices.foreign = \"all\"", "idle"),
+            ("cdi.spec = \"/etc/cdi/x\"", ".json"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

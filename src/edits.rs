@@ -19,7 +19,11 @@ const VARIABLES: [&str; 4] =
     ["CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "MIG_DEVICE_UUIDS", "MIG_DEVICE_PROFILES"];
 /// Seconds that a runtime gives our hooks: the lock wait (15 s and 5 s) and the driver calls that follow.
 const BIND_TIMEOUT: i64 = 30;
-const POSTSTOP_TIMEOUT: i64 = 20;
+/// The same for poststop.
+pub const POSTSTOP_TIMEOUT: i64 = 20;
+/// A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's (CVE-2025-23266): so
+/// it is never left out.
+pub const HOOK_ENVIRONMENT: &str = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A device node for the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,20 +107,23 @@ pub struct HookCall<'a> {
 
 impl HookCall<'_> {
     fn entry(&self, stage: &str, timeout: i64) -> Result<Value, String> {
-        let mut args = vec!["mig-hook".to_owned()];
-        if let Some(config) = self.config {
-            args.extend(["--config".into(), config.display().to_string()]);
-        }
-        args.extend([stage.into(), "--lease".into(), self.token.into()]);
-        // A hook without `env` inherits the runtime's, and under runc 1.1 in createContainer even the image's
-        // (CVE-2025-23266): so it is never left out.
         let hook = HookBuilder::default()
             .path(self.program)
-            .args(args)
-            .env(["PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()])
+            .args(hook_words(self.config, stage, ["--lease", self.token]))
+            .env([HOOK_ENVIRONMENT.to_owned()])
             .timeout(timeout);
         value_of(hook.build())
     }
+}
+
+/// The command line of a hook of ours.
+pub fn hook_words(config: Option<&Path>, stage: &str, option: [&str; 2]) -> Vec<String> {
+    let mut words = vec!["mig-hook".to_owned()];
+    if let Some(config) = config {
+        words.extend(["--config".into(), config.display().to_string()]);
+    }
+    words.extend([stage, option[0], option[1]].map(str::to_owned));
+    words
 }
 
 /// Everything that [`apply`] puts into a config.
@@ -162,6 +169,27 @@ pub fn carries_lease(config: &Value, token: &str) -> bool {
         is_our_hook(hook) && args.is_some_and(|a| a.iter().any(|arg| arg.as_str() == Some(token)))
     };
     hooks.is_some_and(|hooks| hooks.iter().any(with_token))
+}
+
+/// The slices that a CDI spec's hooks in a config will take, in their order.
+pub fn claimed<'a>(config: &'a Value) -> Vec<&'a str> {
+    let hooks = config.pointer("/hooks/createRuntime").and_then(Value::as_array).into_iter().flatten();
+    let slice = |hook: &'a Value| {
+        let mut args = hook.get("args")?.as_array()?.iter().filter_map(Value::as_str);
+        args.find(|arg| *arg == "--slice").and_then(|_| args.next())
+    };
+    hooks.filter(|hook| is_our_hook(hook)).filter_map(slice).collect()
+}
+
+/// Takes the rules for just these nodes out of a config, so that [`open_rule`] sees the others.
+pub fn drop_rules_of(config: &mut Value, nodes: &[Node]) {
+    let number = |rule: &Value, key: &str| rule.get(key).and_then(Value::as_u64);
+    let exactly = |rule: &Value, node: &Node| {
+        (number(rule, "major"), number(rule, "minor")) == (Some(node.major.into()), Some(node.minor.into()))
+    };
+    if let Some(rules) = config.pointer_mut("/linux/resources/devices").and_then(Value::as_array_mut) {
+        rules.retain(|rule| kind(rule) != "c" || !nodes.iter().any(|node| exactly(rule, node)));
+    }
 }
 
 /// The token that an edited config is marked with.
@@ -288,6 +316,12 @@ pub fn bound_dev(config: &Value) -> Option<String> {
     let mount = mounts_at(config, "/dev").find(|m| is_bind(m))?;
     let source = mount.get("source").and_then(Value::as_str).unwrap_or_default();
     Some(format!("{source} is mounted over the container's /dev, where its slice's nodes would have to be made"))
+}
+
+/// Whether the container has a user namespace: then the runtime can't make nodes and binds the host's.
+pub fn has_user_namespace(config: &Value) -> bool {
+    let namespaces = config.pointer("/linux/namespaces").and_then(Value::as_array);
+    namespaces.is_some_and(|all| all.iter().any(|n| n.get("type").is_some_and(|kind| kind == "user")))
 }
 
 /// Whether the last mount at that place is a tmpfs made for this container.
@@ -426,6 +460,39 @@ mod tests {
         assert!(bound(json!({"destination": "/dev", "source": "/x", "options": ["ro", "rbind"]})).is_some());
         assert_eq!(bound(json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"})), None);
         assert_eq!(bound(json!({"destination": "/dev/shm", "type": "bind", "source": "/x"})), None);
+    }
+
+    #[test]
+    fn what_hooks_of_a_cdi_spec_claim_is_read_and_their_own_rules_are_not_foreign() {
+        let hook = |path: &str, words: &[&str]| json!({"path": path, "args": words});
+        let mut config = json!({
+            "hooks": {"createRuntime": [
+                hook("/x/other", &["other", "--slice", "MIG-x"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice", "MIG-a"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice", "MIG-b"]),
+                hook("/x/mig-hook", &["mig-hook", "createRuntime", "--slice"]),
+            ]},
+            "linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}},
+        });
+        assert_eq!(claimed(&config), ["MIG-a", "MIG-b"]);
+        let rules = config["linux"]["resources"]["devices"].as_array_mut().unwrap();
+        for node in own() {
+            rules.push(json!({"allow": true, "type": "c", "major": node.major, "minor": node.minor, "access": "rw"}));
+        }
+        assert!(open_rule(&config, MAJORS).is_some());
+        let mut clean = config.clone();
+        drop_rules_of(&mut clean, &own());
+        assert_eq!(open_rule(&clean, MAJORS), None);
+        let more = json!({"allow": true, "type": "c", "major": 240, "minor": 30, "access": "r"});
+        config["linux"]["resources"]["devices"].as_array_mut().unwrap().push(more);
+        drop_rules_of(&mut config, &own());
+        assert!(open_rule(&config, MAJORS).unwrap().contains("c 240:30"));
+    }
+
+    #[test]
+    fn a_user_namespace_is_seen() {
+        let of = |kind: &str| has_user_namespace(&json!({"linux": {"namespaces": [{"type": "pid"}, {"type": kind}]}}));
+        assert!(of("user") && !of("mount") && !has_user_namespace(&json!({"linux": null})));
     }
 
     #[test]

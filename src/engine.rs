@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::config::Settings;
+use crate::config::{ConfigError, Settings};
 use crate::first::index_name;
 use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
 use crate::host::{self, Host, HostError, PidFile};
@@ -20,6 +20,9 @@ use crate::runtime;
 use crate::store::{Lock, Store, StoreError};
 
 mod choose;
+mod offer;
+
+pub use offer::{make_host_nodes, nodes_of};
 
 /// Longest wait for the lock in acquire and reconcile.
 pub const ACQUIRE_LOCK_WAIT: Duration = Duration::from_secs(60);
@@ -58,6 +61,17 @@ pub enum Failure {
     /// Our own state can't be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// This installation is not whole.
+    #[error(transparent)]
+    Setup(#[from] ConfigError),
+    /// A CDI spec can't be written.
+    #[error("cannot write the CDI spec {path}: {source}")]
+    Spec {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
 /// What a createRuntime hook knows of the container.
@@ -162,7 +176,11 @@ impl<'a> Engine<'a> {
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
             // What the driver said says more than that no GPU is left to try.
-            let devices = match self.usable_devices(request, &unusable) {
+            let usable = self.managed_devices().and_then(|devices| {
+                self.publish(lock, &devices, &leases);
+                self.usable_devices(devices, request, &unusable)
+            });
+            let devices = match usable {
                 Err(refusal) => return Err(last.unwrap_or(refusal)),
                 Ok(devices) => devices,
             };
@@ -347,6 +365,7 @@ impl<'a> Engine<'a> {
             let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
             self.store.begin_boot(&lock, &host::boot_id()?)?;
             let mut actions = self.reap(&lock)?;
+            self.publish_afresh(&lock);
             drop(lock);
             let busy = actions.iter().any(|action| action.result == "busy");
             if !busy || Instant::now() + pause > deadline {

@@ -21,6 +21,8 @@ use crate::handover;
 pub const SETTINGS: &str = "/etc/mig-hook/config.toml";
 /// Where leases live when the settings name nothing else.
 pub const STATE_DIR: &str = "/run/mig-hook";
+/// Where the leases of a user without root live: below it, by uid (pam_systemd makes it, 0700).
+const USER_STATE: &str = "/run/user";
 /// Where mig-engine lies, seen from the directory of the first stage: beside it, or as `make install` puts them, from
 /// PREFIX/bin and from PREFIX/libexec/oci/hooks.d.
 const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../../mig-hook/mig-engine"];
@@ -440,6 +442,27 @@ pub fn index_name(root: Option<&Path>, id: &str) -> Option<String> {
     plain_name(id).then(|| format!("{id}.{hash:016x}"))
 }
 
+/// Who we are outside, where we are uid 0 only in the user namespace of somebody else (rootless podman): that uid. Hooks
+/// have no environment to tell them.
+pub fn rootless() -> Option<u32> {
+    outside_uid(&std::fs::read_to_string("/proc/self/uid_map").ok()?)
+}
+
+/// From the text of a uid_map: a line for each range, first uid inside, first outside, how many.
+fn outside_uid(map: &str) -> Option<u32> {
+    let ranges = map.lines().map(|line| line.split_whitespace().flat_map(str::parse).collect::<Vec<u32>>());
+    let of_root = ranges.filter(|range| range.first() == Some(&0)).find_map(|range| range.get(1).copied());
+    of_root.filter(|outside| *outside != 0)
+}
+
+/// Where leases live: as the settings say, and for a user without root in a directory of the user's.
+pub fn state_dir(configured: Option<PathBuf>) -> PathBuf {
+    match rootless() {
+        Some(uid) => Path::new(USER_STATE).join(uid.to_string()).join("mig-hook"),
+        None => configured.unwrap_or_else(|| STATE_DIR.into()),
+    }
+}
+
 /// Whether that container holds a lease: one look-up.
 fn leased(state_dir: &Path, plan: &Plan) -> bool {
     let id = plan.id.as_ref().and_then(|id| id.to_str());
@@ -452,13 +475,13 @@ pub fn runtime(args: Vec<OsString>) -> i32 {
     let given = args.get(1..).unwrap_or_default().to_vec();
     let plan = plan(given.clone());
     let outline = Outline::read(plan.own.config.as_deref());
-    let state_dir = outline.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
+    let leased = |plan: &Plan| leased(&state_dir(outline.state_dir.clone()), plan);
     let ours = match plan.verb {
         Verb::Create | Verb::Run | Verb::Restore => {
             !plan.own.unknown.is_empty() || asked_by_bundle(&plan) != Asked::Nothing
         }
-        Verb::Delete => leased(state_dir, &plan),
-        Verb::Exec => plan.process.is_some() && leased(state_dir, &plan),
+        Verb::Delete => leased(&plan),
+        Verb::Exec => plan.process.is_some() && leased(&plan),
         Verb::Other => false,
     };
     if ours {
@@ -542,7 +565,7 @@ pub fn hook(args: Vec<OsString>) -> i32 {
     let after = |name: &str| given.iter().position(|a| a == name).and_then(|at| given.get(at + 1));
     if has("poststop") && has("--lease") {
         let outline = Outline::read(after("--config").map(Path::new));
-        let state_dir = outline.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR));
+        let state_dir = state_dir(outline.state_dir);
         let token = after("--lease").and_then(|t| t.to_str()).filter(|t| plain_name(t));
         let lease = token.map(|t| state_dir.join("leases").join(format!("{t}.json")));
         if lease.is_some_and(|l| !l.exists()) {
@@ -713,6 +736,14 @@ mod tests {
         for (config, env, answer) in cases {
             assert_eq!(asked(config.as_bytes(), *env), *answer, "{config}");
         }
+    }
+
+    #[test]
+    fn uid_0_of_a_user_namespace_is_somebody_else_outside() {
+        assert_eq!(outside_uid("         0          0 4294967295\n"), None);
+        assert_eq!(outside_uid("         0       1000          1\n         1     100000      65536\n"), Some(1000));
+        assert_eq!(outside_uid("1000 0 1\n0 1 1000\n"), Some(1));
+        assert_eq!(outside_uid(""), None);
     }
 
     #[test]

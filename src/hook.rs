@@ -10,15 +10,15 @@ use serde_json::Value;
 
 use crate::bundle;
 use crate::classic;
-use crate::config::Settings;
+use crate::config::{self, Settings};
 use crate::container::Cgroup;
-use crate::edits::{self, Edit, Given, HookCall, Node};
+use crate::edits::{self, Edit, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
 use crate::host::{self, Majors};
-use crate::lease::{Holder, Lease, Slice, Way};
+use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
 
@@ -159,7 +159,8 @@ pub(crate) fn check_dev(config: &Value, bundle: Option<&Path>) -> Result<()> {
 /// Refuses a container whose device rules would open other slices than its own, or that has no `cgroup` to enforce them,
 /// unless the settings allow that.
 pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, cgroup: bool) -> Result<()> {
-    let open = if cgroup {
+    // Without root nothing enforces them in any case (docs/engines-rootless.md).
+    let open = if cgroup || settings.rootless.is_some() {
         edits::open_rule(config, majors)
     } else {
         Some("it runs without a cgroup, so nothing enforces its device rules".into())
@@ -168,6 +169,15 @@ pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, c
         Some(why) if !settings.open_device_rules => Err(Refused(open_sentence(&why)).into()),
         _ => Ok(()),
     }
+}
+
+/// Refuses a user without root whom the modes of the host's nodes shut out: the runtime binds these, and CUDA would fail.
+pub(crate) fn check_modes(settings: &Settings, nodes: &[Node]) -> Result<()> {
+    let Some(uid) = settings.rootless else { return Ok(()) };
+    let closed = nodes.iter().map(|node| settings.dev_root.join(&node.name)).find(|path| !host::can_open(path));
+    let Some(path) = closed.map(|path| path.display().to_string()) else { return Ok(()) };
+    Err(Refused(format!("uid {uid} may not open {path}; an administrator can allow it: setfacl -m u:{uid}:rw {path}"))
+        .into())
 }
 
 pub(crate) fn open_sentence(why: &str) -> String {
@@ -179,20 +189,17 @@ pub(crate) fn open_sentence(why: &str) -> String {
 
 /// Writes a lease's slices into a prepared config.
 pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
-    let nodes = nodes(settings, lease, majors);
+    let host = engine::host_of(settings);
+    if settings.rootless.is_some() || edits::has_user_namespace(config) {
+        engine::make_host_nodes(&host, &lease.slices, majors)?;
+    }
+    let nodes = engine::nodes_of(&host, &lease.slices, majors);
+    check_modes(settings, &nodes)?;
     let environment = edits::environment(&lease.uuids(), &lease.profiles());
-    let program = hook_program()?;
+    let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
     let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
     Ok(edited.map_err(Failure::BadRequest)?)
-}
-
-/// The nodes of a lease's slices, with the modes that they have on the host.
-pub(crate) fn nodes(settings: &Settings, lease: &Lease, majors: Majors) -> Vec<Node> {
-    let host = engine::host_of(settings);
-    let given = |s: &Slice| Some(Given { gpu_minor: s.gpu_minor, caps: [s.gi_minor?, s.ci_minor?] });
-    let given: Vec<Given> = lease.slices.iter().filter_map(given).collect();
-    edits::nodes(&given, majors, |name, major, minor| host.node_mode(name, major, minor))
 }
 
 /// Releases what a failure after acquire leaves over.
@@ -200,21 +207,6 @@ pub(crate) fn give_back(engine: &Engine, token: &str) {
     if let Err(error) = engine.release(token, None, "the container could not be set up") {
         tracing::error!(token, "cannot give the slice back, migctl gc will: {error}");
     }
-}
-
-/// `mig-hook` as the hooks that we write name it: beside us, or where it is installed.
-fn hook_program() -> Result<PathBuf> {
-    let engine = std::env::current_exe().context("cannot tell where mig-engine is installed")?;
-    let dir = engine.parent().unwrap_or(Path::new("/"));
-    let places = [dir.join("mig-hook"), dir.join("../oci/hooks.d/mig-hook")];
-    let found = places.iter().find_map(|path| path.canonicalize().ok());
-    found.with_context(|| {
-        format!(
-            "mig-hook is neither at {} nor at {}; is it installed completely?",
-            places[0].display(),
-            places[1].display()
-        )
-    })
 }
 
 /// String annotations of a config.
@@ -302,9 +294,12 @@ fn bind(settings: &Settings, token: &str) -> Result<()> {
 /// Refuses a container in whose cgroup no device rules are in force, whatever its config says: youki 0.7 enforces none on
 /// cgroup v2 unless it was built with cgroupsv2_devices (run). Where the cgroups can't be looked at, the config must do.
 fn check_live_rules(settings: &Settings, pid: u32) -> Result<()> {
+    if settings.rootless.is_some() || settings.open_device_rules {
+        return Ok(());
+    }
     match Cgroup::of(pid, None).and_then(|cgroup| cgroup.open()) {
-        Ok(Some(why)) if !settings.open_device_rules => Err(Refused(open_sentence(&why)).into()),
-        Ok(_) => Ok(()),
+        Ok(Some(why)) => Err(Refused(open_sentence(&why)).into()),
+        Ok(None) => Ok(()),
         Err(error) => {
             tracing::debug!("the device rules in force can't be read: {error}");
             Ok(())

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod nodes;
+
 /// Where the driver's files are.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -67,6 +69,16 @@ pub enum HostError {
         path: String,
         /// What is missing and what to do.
         what: String,
+    },
+    /// A device node that is needed on the host is not there, and can't be made.
+    #[error("the host has no device node {path}, and it cannot be made: {source}; an administrator can: {remedy}")]
+    Node {
+        /// The node.
+        path: String,
+        /// Why.
+        source: io::Error,
+        /// A command.
+        remedy: String,
     },
 }
 
@@ -144,6 +156,11 @@ impl Host {
         let ours = meta.file_type().is_char_device() && device(meta.rdev()) == (major, minor);
         ours.then(|| NodeMode { mode: meta.mode() & 0o777, uid: meta.uid(), gid: meta.gid() })
     }
+}
+
+/// Whether we may read a node, as the kernel would decide.
+pub fn can_open(node: &Path) -> bool {
+    nix::unistd::access(node, nix::unistd::AccessFlags::R_OK).is_ok()
 }
 
 fn read(path: &Path) -> Result<String, HostError> {

@@ -210,6 +210,15 @@ impl Slice {
         let (gi, ci, uuid) = (Some(instance.id), Some(compute.id), Some(compute.uuid.clone()));
         Some(Slice { ours: false, step: Step::Whole, gi, ci, uuid, ..planned })
     }
+
+    /// Whether it lies where that instance of a GPU is.
+    pub fn is_at(&self, gpu: &str, instance: &Instance) -> bool {
+        let same = match [self.placement, instance.placement].contains(&Placement::UNKNOWN) {
+            true => self.gi == Some(instance.id),
+            false => self.placement == instance.placement,
+        };
+        self.gpu == gpu && same
+    }
 }
 
 impl Lease {
@@ -332,6 +341,35 @@ pub(crate) mod tests {
             granted_boot_ms: None,
             holder,
             slices: vec![],
+        }
+    }
+
+    #[test]
+    fn a_slice_is_where_its_placement_or_else_its_id_says() {
+        let (here, there) = (Placement { start: 0, size: 1 }, Placement { start: 1, size: 1 });
+        let instance = |id, placement| Instance { id, profile: ProfileId(19), placement, compute: vec![] };
+        let slice = |placement, gi| Slice {
+            gpu: "GPU-a".into(),
+            gpu_index: 0,
+            gpu_minor: 0,
+            profile: ProfileId(19),
+            profile_name: "1g.10gb".into(),
+            memory_mib: 0,
+            placement,
+            ours: true,
+            step: Step::Whole,
+            gi,
+            ci: None,
+            uuid: None,
+            gi_minor: None,
+            ci_minor: None,
+        };
+        assert!(slice(here, None).is_at("GPU-a", &instance(7, here)));
+        assert!(!slice(here, Some(7)).is_at("GPU-a", &instance(7, there)));
+        assert!(!slice(here, None).is_at("GPU-b", &instance(7, here)));
+        for (kept, seen) in [(Placement::UNKNOWN, here), (here, Placement::UNKNOWN)] {
+            assert!(slice(kept, Some(7)).is_at("GPU-a", &instance(7, seen)));
+            assert!(!slice(kept, Some(8)).is_at("GPU-a", &instance(7, seen)));
         }
     }
 

@@ -6,11 +6,11 @@
 //!
 //! ```text
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
-//! ways in    cli  hook  classic  shim  report        know argv, stdin, stdout, exit codes
-//! engine     engine                         the only file that orders lease, GPU and lock
-//! pure       request  profile  placement  lease  edits       no file, no process, no clock
-//! edges      gpu  store  host  bundle  runtime  config  container   one machine each; never import the engine or each other
-//! start      first  handover                is anything asked? else exec the low-level runtime
+//! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
+//! engine     engine                                                         the only file that orders lease, GPU and lock
+//! pure       request  profile  placement  lease  edits  cdi                 no file, no process, no clock
+//! edges      gpu  store  host  bundle  runtime  config  container  cdi_file one machine each; never import the engine or each other
+//! start      first  handover                                                is anything asked? else exec the low-level runtime
 //! ```
 //!
 //! Rows above import rows below, never upward; `tests/layout.rs` keeps this true. `unsafe` is denied here and allowed in
@@ -24,6 +24,10 @@ pub mod handover;
 
 #[cfg(feature = "engine")]
 pub mod bundle;
+#[cfg(feature = "engine")]
+pub mod cdi;
+#[cfg(feature = "engine")]
+pub mod cdi_file;
 #[cfg(feature = "engine")]
 pub mod classic;
 #[cfg(feature = "engine")]

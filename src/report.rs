@@ -60,6 +60,8 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::Host(host) => return code_of(host),
             Failure::Gpu(gpu) => return code_of(gpu),
             Failure::Store(store) => return code_of(store),
+            Failure::Setup(setup) => return code_of(setup),
+            Failure::Spec { .. } => Exit::Io,
         });
     }
     if let Some(gpu) = cause.downcast_ref::<GpuError>() {
@@ -94,8 +96,11 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if cause.is::<RequestError>() {
         return Some(Exit::BadRequest);
     }
-    if cause.is::<ConfigError>() {
-        return Some(Exit::Config);
+    if let Some(config) = cause.downcast_ref::<ConfigError>() {
+        return Some(match config {
+            ConfigError::Incomplete { .. } | ConfigError::NoSession { .. } => Exit::Unavailable,
+            _ => Exit::Config,
+        });
     }
     if cause.is::<Refused>() {
         return Some(Exit::NotAllowed);

@@ -185,11 +185,11 @@ fn release_takes_a_beginning_that_fits_only_one() {
 fn help_and_wrong_command_lines() {
     let migctl = |args: &[&str]| run(Command::new(binaries().join("migctl")).args(args));
     let help = stdout(&migctl(&["--help"]));
-    for verb in ["list", "leases", "release", "gc", "configure", "--json", "--config"] {
+    for verb in ["list", "leases", "release", "gc", "cdi", "configure", "--json", "--config"] {
         assert!(help.contains(verb), "{verb} is not in: {help}");
     }
     assert!(help.lines().all(|l| l.chars().count() <= 100), "{help}");
-    for verb in ["list", "leases", "release", "gc", "configure"] {
+    for verb in ["list", "leases", "release", "gc", "cdi", "configure"] {
         let help = stdout(&migctl(&[verb, "--help"]));
         assert!(help.contains("Usage: migctl ") && help.contains("--json"), "{help}");
     }

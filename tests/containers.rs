@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "containers/cdi.rs"]
+mod cdi;
 #[path = "containers/cgroup2.rs"]
 mod cgroup2;
 #[path = "containers/classic.rs"]
@@ -34,6 +36,8 @@ mod kubernetes;
 mod podman;
 #[path = "containers/pods.rs"]
 mod pods;
+#[path = "containers/rootless.rs"]
+mod rootless;
 #[path = "containers/runtimes.rs"]
 mod runtimes;
 
@@ -160,9 +164,10 @@ impl Site {
         Engine { site: self, program: self.dir.join("bin/podman"), env, runtime: None }
     }
 
-    /// The same with a store of its own: every podman that starts takes the others' directories from mapped users again.
+    /// The same with a store of this test's own: every podman that starts takes the others' directories from mapped users
+    /// again.
     fn podman_alone(&self, runtime: &str) -> Engine<'_> {
-        let store = self.dir.join(format!("alone-{runtime}"));
+        let store = self.dir.join(self.path("").file_name().unwrap());
         std::fs::create_dir_all(&store).unwrap();
         let mut podman = self.podman(runtime);
         podman.env.push(("ENG_STORE", store.display().to_string()));

@@ -415,6 +415,16 @@ fn a_user_sees_gpus_and_profiles_but_no_placements_and_instances() {
         matches!(refused, GpuError::NoPermission { .. }),
         "the engine must not take that for an empty GPU: {refused}"
     );
+    assert!(device.is_closed());
+    // What everybody may ask: the instance behind a UUID, without its place.
+    let shown: serde_json::Value = serde_json::from_str(&machine.sim(&["show", "--json"])).unwrap();
+    let made = &shown["gpus"][0]["gpu_instances"][0];
+    let uuid = made["compute_instances"][0]["uuid"].as_str().unwrap();
+    let (parent, instance) = gpu.instance_of(uuid).unwrap().unwrap();
+    assert_eq!((&parent, instance.placement), (&device.uuid, Placement::UNKNOWN));
+    assert_eq!((instance.id.into(), &instance.compute[0].uuid), (made["id"].as_u64().unwrap(), &uuid.to_owned()));
+    assert_eq!(device.profile(instance.profile).unwrap().name, "1g.10gb");
+    assert_eq!(gpu.instance_of("MIG-00000000-0000-5000-8000-000000000000").unwrap(), None);
 }
 
 #[test]

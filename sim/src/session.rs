@@ -138,9 +138,10 @@ impl Call {
         }
     }
 
-    /// Refuses all but root.
+    /// Refuses all but root, and those who can open the capability for configuring.
     pub fn privileged(&self) -> Outcome<()> {
-        if geteuid().is_root() { Ok(()) } else { Err(Code::NO_PERMISSION) }
+        let root = geteuid().is_root() && self.machine.belongs_to_root();
+        if root || self.machine.may_configure() { Ok(()) } else { Err(Code::NO_PERMISSION) }
     }
 
     /// The index of a GPU handle; anything else is refused.

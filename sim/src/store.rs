@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::makedev;
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -147,6 +148,25 @@ impl Machine {
     /// The driver root.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Whether uid 0 is, seen from here, who made the machine as root: in the user namespace of somebody else it is not,
+    /// as the driver asks for CAP_SYS_ADMIN in the first one.
+    pub fn belongs_to_root(&self) -> bool {
+        self.live.metadata().is_ok_and(|meta| meta.uid() == 0)
+    }
+
+    /// Whether this process can open /dev/nvidia-caps/nvidia-cap1, the capability `mig/config`. No driver answers here.
+    pub fn may_configure(&self) -> bool {
+        let path = self.root.join("dev/nvidia-caps/nvidia-cap1");
+        let node = |meta: fs::Metadata| {
+            meta.file_type().is_char_device() && meta.rdev() == makedev(self.config.majors.caps.into(), 1)
+        };
+        let opens = || match File::open(&path) {
+            Ok(_) => true,
+            Err(error) => matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)),
+        };
+        path.symlink_metadata().is_ok_and(node) && opens()
     }
 
     fn io(&self, name: &str) -> impl FnOnce(io::Error) -> Error {

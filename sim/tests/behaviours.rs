@@ -81,6 +81,12 @@ fn child_process() {
             std::env::set_current_dir("/").unwrap();
             lib.create_gi(gpu, 19).unwrap();
         }
+        "delegate" => {
+            let gi = lib.create_gi(gpu, 19).unwrap();
+            let ci = lib.create_ci(gi, 0).unwrap();
+            assert_eq!(lib.destroy_ci(ci), SUCCESS);
+            assert_eq!(lib.destroy_gi(gi), SUCCESS);
+        }
         job => panic!("no job {job}"),
     }
     assert_eq!(call!(lib, nvmlShutdown()), SUCCESS);
@@ -162,6 +168,55 @@ fn only_root_cuts_but_all_may_look() {
     sim.cli("count", &["on"]);
     assert_ran(&child(&sim, "nobody").uid(65534).gid(65534).output().unwrap());
     assert_eq!(sim.json("counts")["nvmlDeviceSetMigMode"], 1, "calls of unprivileged clients count too");
+}
+
+#[test]
+fn who_can_open_the_capability_for_configuring_cuts() {
+    need_root!();
+    let sim = Sim::one(A100);
+    sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    let caps = sim.dir().join("dev/nvidia-caps");
+    let major = sim.json("show")["majors"]["caps"].to_string();
+    std::fs::create_dir(&caps).unwrap();
+    let node = caps.join("nvidia-cap1");
+    let mknod = |minor: &str| {
+        let _ = std::fs::remove_file(&node);
+        let mut command = Command::new("mknod");
+        let made = command.args(["-m", "400"]).arg(&node).args(["c", &major, minor]).status().unwrap().success();
+        made && std::os::unix::fs::chown(&node, Some(65534), None).is_ok()
+    };
+    if !mknod("2") {
+        eprintln!("SKIP: no device nodes can be made here");
+        return;
+    }
+    for dir in ["usr/lib/nvml-sim", "proc/driver/nvidia/capabilities/gpu0/mig"] {
+        std::fs::set_permissions(sim.dir().join(dir), std::fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let as_nobody = |job| child(&sim, job).uid(65534).gid(65534).output().unwrap();
+    assert_ran(&as_nobody("nobody")); // the capability for watching is not it
+    assert!(mknod("1"));
+    assert_ran(&as_nobody("delegate"));
+    std::fs::set_permissions(&node, std::fs::Permissions::from_mode(0o000)).unwrap();
+    assert_ran(&as_nobody("nobody"));
+}
+
+#[test]
+fn uid_0_of_somebody_elses_user_namespace_is_not_root() {
+    need_root!();
+    let sim = Sim::one(A100);
+    sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    let inside = child(&sim, "nobody");
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "unshare", "--user", "--map-root-user"]);
+    if !command.arg("true").output().is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIP: nobody may make a user namespace here");
+        return;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "unshare", "--user", "--map-root-user"]);
+    command.arg(inside.get_program()).args(inside.get_args());
+    command.envs(inside.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    assert_ran(&command.output().unwrap());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::report::{self, Exit};
 
+mod cdi;
 mod configure;
 mod gc;
 mod leases;
@@ -44,6 +45,8 @@ enum Verb {
     Release(release::Args),
     /// Free what nobody holds any more, and finish what was interrupted
     Gc,
+    /// Print or write the CDI spec of the slices that a container may name
+    Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
     Configure(configure::Args),
 }
@@ -75,6 +78,8 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Leases => leases::run(&settings, args.json),
         Verb::Release(verb) => release::run(&settings, verb, args.json),
         Verb::Gc => gc::run(&settings, args.json),
+        // A CDI spec is JSON in any case.
+        Verb::Cdi(verb) => cdi::run(&settings, verb),
         Verb::Configure(verb) => configure::run(&settings, verb, args.json),
     }
 }

@@ -41,7 +41,8 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     Ok(if matches!(answer.released, Released::Done | Released::Unknown) { Exit::Ok } else { Exit::NoRoom })
 }
 
-fn find(leases: &[Lease], name: &str) -> Result<Lease> {
+/// The lease with that token or container id, or with the only one that begins so.
+pub(super) fn find(leases: &[Lease], name: &str) -> Result<Lease> {
     let container = |l: &Lease| l.holder.container.clone().unwrap_or_default();
     if let Some(lease) = leases.iter().find(|l| l.token == name || container(l) == name) {
         return Ok(lease.clone());

@@ -11,12 +11,8 @@ use crate::request::{GpuSelector, Request, Want};
 use super::{Engine, Failure};
 
 impl Engine<'_> {
-    /// The GPUs that may serve the request: managed by us, MIG on, not found unusable, with the allowed profiles only.
-    pub(super) fn usable_devices(
-        &self,
-        request: &Request,
-        unusable: &[(String, String)],
-    ) -> Result<Vec<Device>, Failure> {
+    /// The GPUs that we manage, with the allowed profiles only.
+    pub(super) fn managed_devices(&self) -> Result<Vec<Device>, Failure> {
         let mut devices = self.gpu.devices()?;
         if devices.is_empty() {
             return Err(Failure::BadRequest("this machine has no NVIDIA GPU".into()));
@@ -30,6 +26,19 @@ impl Engine<'_> {
                 )));
             }
         }
+        if let Some(allowed) = &self.settings.profiles {
+            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
+        }
+        Ok(devices)
+    }
+
+    /// Those of them that may serve the request: MIG on, not found unusable.
+    pub(super) fn usable_devices(
+        &self,
+        mut devices: Vec<Device>,
+        request: &Request,
+        unusable: &[(String, String)],
+    ) -> Result<Vec<Device>, Failure> {
         if let Some(wanted) = &request.gpu {
             let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
             devices.retain(|d| wanted.matches(d));
@@ -50,8 +59,12 @@ impl Engine<'_> {
             let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
             return Err(Failure::NoRoom(reasons.join("; ")));
         }
-        if let Some(allowed) = &self.settings.profiles {
-            devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
+        if devices.iter().any(Device::is_closed) {
+            for want in request.alternatives.iter().flatten() {
+                let Want::Uuid(uuid) = want else { continue };
+                let Some((gpu, instance)) = self.gpu.instance_of(uuid)? else { continue };
+                devices.iter_mut().filter(|d| d.uuid == gpu).for_each(|d| d.instances.push(instance.clone()));
+            }
         }
         Ok(devices)
     }
@@ -72,9 +85,12 @@ impl Engine<'_> {
         }
         // One sentence each; the kind of the least final one: what may fit later is worth another try.
         let text = refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; or else ");
-        match refusals.into_iter().find(|r| matches!(r, Failure::NoRoom(_))) {
-            Some(_) => Err(Failure::NoRoom(text)),
-            None => Err(Failure::BadRequest(text)),
+        if refusals.iter().any(|r| matches!(r, Failure::NoRoom(_))) {
+            Err(Failure::NoRoom(text))
+        } else if refusals.iter().any(|r| matches!(r, Failure::NotAllowed(_))) {
+            Err(Failure::NotAllowed(text))
+        } else {
+            Err(Failure::BadRequest(text))
         }
     }
 
@@ -86,6 +102,14 @@ impl Engine<'_> {
         }
         let to_cut: Vec<Want> =
             wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
+        if !to_cut.is_empty() && devices.iter().all(Device::is_closed) {
+            let config = self.settings.dev_root.join("nvidia-caps/nvidia-cap1");
+            return Err(Failure::NotAllowed(format!(
+                "cutting a slice needs root, or the driver's capability mig/config: ask the administrator to let you open \
+                 {} (setfacl -m u:UID:r), or to cut a slice for you that mig.uuid names",
+                config.display()
+            )));
+        }
         let mut cut = self.place(devices, leases, &to_cut)?.into_iter();
         Ok(found.into_iter().filter_map(|slice| slice.or_else(|| cut.next())).collect())
     }
@@ -113,11 +137,12 @@ impl Engine<'_> {
                 if !wanted(device, instance, &compute.uuid) {
                     continue;
                 }
-                let same = |s: &Slice| s.gpu == device.uuid && s.placement == instance.placement;
+                let same = |s: &Slice| s.is_at(&device.uuid, instance);
                 let obstacle = match leases.iter().find(|lease| lease.slices.iter().any(same)) {
                     Some(lease) => Some(format!("is held by {}", lease.held_by())),
                     None if found.iter().flatten().any(same) => Some("is named twice".into()),
-                    None if self.settings.foreign == Foreign::Refuse => Some(
+                    // What a user without root may take is what the modes of the nodes let open.
+                    None if self.settings.foreign == Foreign::Refuse && self.settings.rootless.is_none() => Some(
                         "was not created by mig-hook and may be somebody's; setting slices.foreign = \"idle\" lets idle ones be given".into(),
                     ),
                     None => self.user_in(&device.uuid, device.minor, instance)?.map(|pid| format!("is in use by process {pid}")),

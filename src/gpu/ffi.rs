@@ -181,7 +181,37 @@ impl Library {
         Ok(text(&uuid))
     }
 
-    /// Product name.
+    /// The GPU of a MIG device.
+    pub(super) fn parent(&self, mig: &DeviceHandle<'_>) -> Result<DeviceHandle<'_>, GpuError> {
+        let f = function!(self, nvmlDeviceGetDeviceHandleFromMigDeviceHandle);
+        let mut device = ptr::null_mut();
+        // SAFETY: the handle is this library's; the pointer is to one handle.
+        let code = unsafe { (f.call)(mig.0, &mut device) };
+        self.check(f.name, code)?;
+        Ok(DeviceHandle(device, PhantomData))
+    }
+
+    /// The GPU instance of a MIG device.
+    pub(super) fn gpu_instance_id(&self, mig: &DeviceHandle<'_>) -> Result<u32, GpuError> {
+        let f = function!(self, nvmlDeviceGetGpuInstanceId);
+        let mut id = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(mig.0, &mut id) };
+        self.check(f.name, code)?;
+        Ok(id)
+    }
+
+    /// The compute instance of a MIG device.
+    pub(super) fn compute_instance_id(&self, mig: &DeviceHandle<'_>) -> Result<u32, GpuError> {
+        let f = function!(self, nvmlDeviceGetComputeInstanceId);
+        let mut id = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(mig.0, &mut id) };
+        self.check(f.name, code)?;
+        Ok(id)
+    }
+
+    /// Product name; of a MIG device with ` MIG ` and its profile at the end.
     pub(super) fn name(&self, device: &DeviceHandle<'_>) -> Result<String, GpuError> {
         let f = function!(self, nvmlDeviceGetName);
         let mut name = [0; NVML_DEVICE_NAME_V2_BUFFER_SIZE as usize];

@@ -17,6 +17,9 @@ pub struct Placement {
 }
 
 impl Placement {
+    /// What a user who may not ask knows of an existing instance. Covers nothing.
+    pub const UNKNOWN: Placement = Placement { start: 0, size: 0 };
+
     /// The occupied slices as a bit mask, bit n for slice n.
     pub fn mask(self) -> u32 {
         let ones = if self.size >= 32 { u32::MAX } else { (1 << self.size) - 1 };
@@ -120,6 +123,11 @@ impl Device {
         self.profiles.iter().find(|p| p.id == id)
     }
 
+    /// Whether the driver hides placements and instances from us: then we may not cut.
+    pub fn is_closed(&self) -> bool {
+        !self.profiles.is_empty() && self.profiles.iter().all(|p| p.placements.is_empty())
+    }
+
     /// `GPU 0 (NVIDIA A100-SXM4-80GB)`, for messages.
     pub fn label(&self) -> String {
         format!("GPU {} ({})", self.index, self.name)
@@ -206,6 +214,8 @@ pub trait Gpu: std::fmt::Debug {
     fn devices(&self) -> Result<Vec<Device>, GpuError>;
     /// GPU instances of one GPU now, in id order, half-made ones included.
     fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError>;
+    /// The instance behind a MIG device, with the UUID of its GPU, as every user may ask: placed at [`Placement::UNKNOWN`].
+    fn instance_of(&self, slice: &str) -> Result<Option<(String, Instance)>, GpuError>;
     /// Creates a GPU instance at exactly that placement. The answer has no compute instance yet.
     fn create_instance(&self, gpu: &str, profile: ProfileId, at: Placement) -> Result<Instance, GpuError>;
     /// Creates the full-size compute instance in a GPU instance.

@@ -146,6 +146,19 @@ impl Gpu for Nvml {
         read_instances(library, &device, &*self.offer(library, &device, gpu)?)
     }
 
+    fn instance_of(&self, slice: &str) -> Result<Option<(String, Instance)>, GpuError> {
+        let library = self.library()?;
+        let Some(device) = unless_gone(library.device_by_uuid(slice))? else { return Ok(None) };
+        let parent = library.parent(&device)?;
+        let (gpu, name) = (library.uuid(&parent)?, library.name(&device)?);
+        let offer = self.offer(library, &parent, &gpu)?;
+        let named = |profile: &&Profile| name.ends_with(&format!(" MIG {}", profile.name));
+        let Some(profile) = offer.profiles.iter().find(named) else { return Ok(None) };
+        let compute = ComputeInstance { id: library.compute_instance_id(&device)?, uuid: library.uuid(&device)? };
+        let id = library.gpu_instance_id(&device)?;
+        Ok(Some((gpu, Instance { id, profile: profile.id, placement: Placement::UNKNOWN, compute: vec![compute] })))
+    }
+
     fn create_instance(&self, gpu: &str, profile: ProfileId, at: Placement) -> Result<Instance, GpuError> {
         let library = self.library()?;
         let device = library.device_by_uuid(gpu)?;

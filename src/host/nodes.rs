@@ -1,0 +1,155 @@
+//! Device nodes of the host, made where something takes them from there: a runtime that binds them into a user namespace,
+//! or whoever reads a CDI spec. The driver makes none; its tools do (nvidia-modprobe.c), and like them we remove none.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, lchown};
+use std::path::Path;
+
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use super::{Host, HostError, access_minor, read};
+
+impl Host {
+    /// Makes a node of the GPUs or of uvm where it is missing or another device, with the mode and owner of the module's
+    /// options.
+    pub fn make_device(&self, name: &str, major: u32, minor: u32) -> Result<(), HostError> {
+        self.make(name, major, minor, &self.proc_root.join("driver/nvidia/params"))
+    }
+
+    /// The same for the capability of a GPU instance, or of a compute instance in it, with the mode of its `access` file.
+    pub fn make_capability(&self, major: u32, gpu: u32, gi: u32, ci: Option<u32>) -> Result<(), HostError> {
+        let compute = ci.map_or(String::new(), |ci| format!("ci{ci}/"));
+        let file = self.proc_root.join(format!("driver/nvidia/capabilities/gpu{gpu}/mig/gi{gi}/{compute}access"));
+        let minor = access_minor(&read(&file)?).ok_or_else(|| no_minor(&file))?;
+        self.make(&format!("nvidia-caps/nvidia-cap{minor}"), major, minor, &file)
+    }
+
+    fn make(&self, name: &str, major: u32, minor: u32, file: &Path) -> Result<(), HostError> {
+        if self.node_mode(name, major, minor).is_some() {
+            return Ok(());
+        }
+        let text = read(file)?;
+        let number = |key| field(&text, key);
+        let mode = number("DeviceFileMode").unwrap_or(0o444) & 0o777;
+        let path = self.dev_root.join(name);
+        let failed = |source| HostError::Node {
+            path: path.display().to_string(),
+            source,
+            remedy: format!("mknod -m {mode:o} {} c {major} {minor}", path.display()),
+        };
+        if number("DeviceFileModify").or(number("ModifyDeviceFiles")) == Some(0) {
+            return Err(failed(io::Error::other(format!(
+                "{} says that device files are not to be made",
+                file.display()
+            ))));
+        }
+        let owner = (number("DeviceFileUID"), number("DeviceFileGID"));
+        place(&path, (major, minor), mode, owner).map_err(failed)?;
+        match self.node_mode(name, major, minor) {
+            Some(_) => Ok(()),
+            None => Err(failed(io::Error::other("another device is in its place"))),
+        }
+    }
+}
+
+/// Made beside its place and renamed there: no moment with a wrong mode, and what lies there, a link too, is replaced and
+/// not followed.
+fn place(path: &Path, device: (u32, u32), mode: u32, owner: (Option<u32>, Option<u32>)) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    match DirBuilder::new().mode(0o755).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Ok(()) => fs::set_permissions(dir, Permissions::from_mode(0o755))?, // whatever the umask
+        Err(_) if !dir.symlink_metadata()?.is_dir() => return Err(io::ErrorKind::NotADirectory.into()),
+        Err(_) => {}
+    }
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let _ = fs::remove_file(&temporary); // of an earlier process with our pid
+    mknod(&temporary, SFlag::S_IFCHR, Mode::empty(), makedev(device.0.into(), device.1.into()))?;
+    let done = lchown(&temporary, owner.0.or(Some(0)), owner.1.or(Some(0)))
+        .and_then(|()| fs::set_permissions(&temporary, Permissions::from_mode(mode)))
+        .and_then(|()| fs::rename(&temporary, path));
+    done.inspect_err(|_| drop(fs::remove_file(&temporary)))
+}
+
+/// A number in the driver's files of `Key: value` lines.
+fn field(text: &str, key: &str) -> Option<u32> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')?.trim().parse().ok())
+}
+
+fn no_minor(file: &Path) -> HostError {
+    HostError::Content { path: file.display().to_string(), what: "has no DeviceFileMinor line".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+
+    /// A capability with this file; `None` where no node can be made.
+    fn host(access: &str) -> Option<(tempfile::TempDir, Host)> {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |relative: &str| dir.path().join(relative);
+        fs::create_dir_all(at("dev")).unwrap();
+        if mknod(&at("dev/probe"), SFlag::S_IFCHR, Mode::empty(), makedev(240, 1)).is_err() {
+            eprintln!("SKIP: no device nodes can be made here");
+            return None;
+        }
+        fs::create_dir_all(at("proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0")).unwrap();
+        fs::write(at("proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access"), access).unwrap();
+        fs::write(at("proc/driver/nvidia/params"), "ModifyDeviceFiles: 1\nDeviceFileGID: 44\nDeviceFileMode: 432\n")
+            .unwrap();
+        let host = Host::at(&at("proc"), &at("dev"), Path::new("/"));
+        Some((dir, host))
+    }
+
+    const ACCESS: &str = "DeviceFileMinor: 13\nDeviceFileMode: 292\nDeviceFileModify: 1\n";
+
+    #[test]
+    fn a_missing_node_is_made_as_the_driver_says() {
+        let Some((dir, host)) = host(ACCESS) else { return };
+        host.make_capability(240, 0, 1, Some(0)).unwrap();
+        let path = dir.path().join("dev/nvidia-caps/nvidia-cap13");
+        let meta = path.symlink_metadata().unwrap();
+        assert!(meta.file_type().is_char_device());
+        assert_eq!((super::super::device(meta.rdev()), meta.mode() & 0o777), ((240, 13), 0o444));
+        assert_eq!(path.parent().unwrap().metadata().unwrap().mode() & 0o777, 0o755);
+        host.make_device("nvidia1", 195, 1).unwrap();
+        let meta = dir.path().join("dev/nvidia1").symlink_metadata().unwrap();
+        assert_eq!((super::super::device(meta.rdev()), meta.mode() & 0o777, meta.gid()), ((195, 1), 0o660, 44));
+    }
+
+    #[test]
+    fn what_is_right_stays_and_what_is_stale_is_replaced() {
+        let Some((dir, host)) = host(ACCESS) else { return };
+        let path = dir.path().join("dev/nvidia-caps/nvidia-cap13");
+        let canary = dir.path().join("canary");
+        fs::write(&canary, "x").unwrap();
+        fs::create_dir(path.parent().unwrap()).unwrap();
+        symlink(&canary, &path).unwrap();
+        host.make_capability(240, 0, 1, Some(0)).unwrap();
+        assert_eq!(fs::read_to_string(&canary).unwrap(), "x");
+        let inode = path.symlink_metadata().unwrap().ino();
+        // An administrator's own mode is kept.
+        fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+        host.make_capability(240, 0, 1, Some(0)).unwrap();
+        let meta = path.symlink_metadata().unwrap();
+        assert_eq!((meta.ino(), meta.mode() & 0o777), (inode, 0o400));
+        // The caps major is another one after a reboot, on a /dev that is kept.
+        host.make_capability(241, 0, 1, Some(0)).unwrap();
+        assert_eq!(super::super::device(path.symlink_metadata().unwrap().rdev()), (241, 13));
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing temporary is left");
+    }
+
+    #[test]
+    fn a_directory_that_is_a_link_and_a_driver_that_forbids_it() {
+        let Some((dir, host)) = host(&ACCESS.replace("Modify: 1", "Modify: 0")) else { return };
+        let error = host.make_capability(240, 0, 1, Some(0)).unwrap_err().to_string();
+        assert!(error.contains("not to be made") && error.contains("c 240 13"), "{error}");
+        let elsewhere = dir.path().join("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        symlink(&elsewhere, dir.path().join("dev/nvidia-caps")).unwrap();
+        host.make_device("nvidia-caps/x", 240, 13).unwrap_err();
+        assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+}
