@@ -324,6 +324,12 @@ pub fn has_user_namespace(config: &Value) -> bool {
     namespaces.is_some_and(|all| all.iter().any(|n| n.get("type").is_some_and(|kind| kind == "user")))
 }
 
+/// Whether systemd makes the container's cgroup: `slice:prefix:name` (runc, docs/systemd.md).
+pub fn has_systemd_cgroup(config: &Value) -> bool {
+    let path = config.pointer("/linux/cgroupsPath").and_then(Value::as_str);
+    path.is_some_and(|path| path.matches(':').count() == 2)
+}
+
 /// Whether the last mount at that place is a tmpfs made for this container.
 pub fn has_tmpfs(config: &Value, at: &str) -> bool {
     let last = mounts_at(config, at).last();

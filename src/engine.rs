@@ -22,7 +22,7 @@ use crate::store::{Lock, Store, StoreError};
 mod choose;
 mod offer;
 
-pub use offer::{make_host_nodes, nodes_of};
+pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
 
 /// Longest wait for the lock in acquire and reconcile.
 pub const ACQUIRE_LOCK_WAIT: Duration = Duration::from_secs(60);

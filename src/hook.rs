@@ -193,6 +193,12 @@ pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &
     if settings.rootless.is_some() || edits::has_user_namespace(config) {
         engine::make_host_nodes(&host, &lease.slices, majors)?;
     }
+    if settings.rootless.is_none()
+        && edits::has_systemd_cgroup(config)
+        && let Err(error) = engine::make_known_to_systemd(&host, &lease.slices, majors)
+    {
+        tracing::warn!("a daemon-reload of systemd may take its slice from the container: {error}");
+    }
     let nodes = engine::nodes_of(&host, &lease.slices, majors);
     check_modes(settings, &nodes)?;
     let environment = edits::environment(&lease.uuids(), &lease.profiles());

@@ -40,6 +40,8 @@ mod pods;
 mod rootless;
 #[path = "containers/runtimes.rs"]
 mod runtimes;
+#[path = "containers/systemd.rs"]
+mod systemd;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;

@@ -130,6 +130,14 @@ pub fn make_host_nodes(host: &Host, slices: &[Slice], majors: Majors) -> Result<
     Ok(())
 }
 
+/// The same, and their links in /dev/char: runc before 1.1.7 tells systemd only of devices that are found there by number,
+/// and at the next daemon-reload systemd closes the others (libcontainer/cgroups/systemd/common.go).
+pub fn make_known_to_systemd(host: &Host, slices: &[Slice], majors: Majors) -> Result<(), HostError> {
+    make_host_nodes(host, slices, majors)?;
+    let nodes = nodes_of(host, slices, majors);
+    nodes.iter().try_for_each(|node| host.link_device(&node.name, node.major, node.minor))
+}
+
 fn write(path: &Path, spec: Option<&Spec>) -> Result<bool, Failure> {
     let failed = |source| Failure::Spec { path: path.display().to_string(), source };
     let text = spec.map(Spec::text).transpose().map_err(|error| failed(error.into()))?;

@@ -25,6 +25,27 @@ impl Host {
         self.make(&format!("nvidia-caps/nvidia-cap{minor}"), major, minor, &file)
     }
 
+    /// Makes /dev/char/MAJOR:MINOR lead to a node of that name, as udev does for devices that it knows.
+    pub fn link_device(&self, name: &str, major: u32, minor: u32) -> Result<(), HostError> {
+        let path = self.dev_root.join(format!("char/{major}:{minor}"));
+        let target = Path::new("..").join(name);
+        let failed = |source| HostError::Node {
+            path: path.display().to_string(),
+            source,
+            remedy: format!("ln -sf {} {}", target.display(), path.display()),
+        };
+        if fs::read_link(&path).is_ok_and(|there| there == target) {
+            return Ok(());
+        }
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let dir = self.dev_root.join("char");
+        fs::create_dir(&dir).or_else(|e| if dir.is_dir() { Ok(()) } else { Err(failed(e)) })?;
+        std::os::unix::fs::symlink(&target, &path).map_err(failed)
+    }
+
     fn make(&self, name: &str, major: u32, minor: u32, file: &Path) -> Result<(), HostError> {
         if self.node_mode(name, major, minor).is_some() {
             return Ok(());
@@ -151,5 +172,20 @@ mod tests {
         symlink(&elsewhere, dir.path().join("dev/nvidia-caps")).unwrap();
         host.make_device("nvidia-caps/x", 240, 13).unwrap_err();
         assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_link_by_number_leads_to_the_node_and_to_nothing_older() {
+        let Some((dir, host)) = host(ACCESS) else { return };
+        let link = dir.path().join("dev/char/240:13");
+        for _ in 0..2 {
+            host.link_device("nvidia-caps/nvidia-cap13", 240, 13).unwrap();
+            assert_eq!(fs::read_link(&link).unwrap(), Path::new("../nvidia-caps/nvidia-cap13"));
+        }
+        fs::remove_file(&link).unwrap();
+        symlink("../null", &link).unwrap();
+        host.link_device("nvidia-caps/nvidia-cap13", 240, 13).unwrap();
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("../nvidia-caps/nvidia-cap13"));
+        assert_eq!(fs::read_dir(dir.path().join("dev/char")).unwrap().count(), 1);
     }
 }

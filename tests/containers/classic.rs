@@ -15,11 +15,11 @@ const PROBE: &str = "mig-probe; cat /run/mig-hook/environment";
 
 /// Devices that nobody has: one that the config allows by itself, with its whole major (of others runc 1.1 tells systemd only
 /// where /proc/devices or /dev/char has them), and one that it does not.
-const ALLOWED: &str = "10:250";
-const DENIED: &str = "99:7";
+pub const ALLOWED: &str = "10:250";
+pub const DENIED: &str = "99:7";
 
 /// An entry of a config's hooks, as an administrator writes it.
-fn entry(site: &Site, stage: &str) -> Value {
+pub fn entry(site: &Site, stage: &str) -> Value {
     json!({
         "path": binaries().join("mig-hook"),
         "args": ["mig-hook", "--config", site.config(), stage],
@@ -28,7 +28,7 @@ fn entry(site: &Site, stage: &str) -> Value {
 }
 
 /// A bundle with a root of its own, whose config carries our hooks and no edit.
-fn hooked(site: &Site, name: &str, request: Value, words: &[&str]) -> PathBuf {
+pub fn hooked(site: &Site, name: &str, request: Value, words: &[&str]) -> PathBuf {
     let dir = bundle(site, name, request, words);
     must(Command::new("cp").arg("-a").arg(site.dir.join("rootfs")).arg(dir.join("rootfs")));
     change(&dir, |config| {
@@ -41,14 +41,14 @@ fn hooked(site: &Site, name: &str, request: Value, words: &[&str]) -> PathBuf {
     dir
 }
 
-fn change(bundle: &Path, how: impl FnOnce(&mut Value)) {
+pub fn change(bundle: &Path, how: impl FnOnce(&mut Value)) {
     let mut config = document(&bundle.join("config.json"));
     how(&mut config);
     std::fs::write(bundle.join("config.json"), config.to_string()).unwrap();
 }
 
 /// A runtime's command line.
-fn call(site: &Site, runtime: &str, words: &[&str]) -> Command {
+pub fn call(site: &Site, runtime: &str, words: &[&str]) -> Command {
     let mut command = Command::new(installed(runtime));
     command.arg("--root").arg(site.path("root")).args(words);
     command
@@ -64,7 +64,7 @@ fn created(site: &Site, runtime: &str, dir: &Path, id: &str) -> (bool, String) {
 }
 
 /// Why containers were refused, as the audit file says: crun keeps what a hook prints to itself.
-fn refusals(site: &Site) -> String {
+pub fn refusals(site: &Site) -> String {
     let lines = site.audit().into_iter().filter(|line| line["event"] == "refusal");
     lines.map(|line| format!("{}\n", line["reason"].as_str().unwrap())).collect()
 }
@@ -404,143 +404,4 @@ fn containerd_with_a_base_spec() {
     wait_for("the task's end", SOON, || run(&mut ctr(&["task", "delete", &id])).status.success());
     site.clean("after task delete");
     must(&mut ctr(&["container", "delete", &id]));
-}
-
-/// systemd as the first process of namespaces of its own, on a cgroup2 tree. It gets a read-only root and no unit of this
-/// machine's: one that starts with those empties /tmp and more.
-struct Systemd(std::process::Child);
-
-impl Systemd {
-    const OUTER: &str = "
-        mount --make-rprivate /
-        umount -R /sys/fs/cgroup
-        mount -t cgroup2 none /sys/fs/cgroup
-        mkdir /sys/fs/cgroup/$2
-        echo $$ > /sys/fs/cgroup/$2/cgroup.procs
-        exec unshare --mount --pid --fork --kill-child=KILL --cgroup --uts --ipc sh -ec \"$3\" sh \"$1\"";
-    const INNER: &str = "
-        mount --make-rprivate /
-        mount -t proc proc /proc
-        umount /sys/fs/cgroup
-        mount -t cgroup2 none /sys/fs/cgroup
-        mount --bind $1 $1
-        mount -o remount,bind,ro /
-        if touch /root/read-only; then exit 1; fi
-        mount -t tmpfs -o mode=755 tmpfs /run
-        mkdir -p /run/units /run/none /run/dbus
-        printf '[Unit]\\nWants=dbus.socket dbus.service\\n' > /run/units/own.target
-        printf '[Socket]\\nListenStream=/run/dbus/system_bus_socket\\n' > /run/units/dbus.socket
-        printf '[Service]\\nType=notify\\nExecStart=%s\\n' '/usr/bin/dbus-daemon --system --address=systemd: \
-            --nofork --nopidfile --systemd-activation' > /run/units/dbus.service
-        exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=test \
-            SYSTEMD_UNIT_PATH=/run/systemd/system.control:/run/systemd/transient:/run/units \
-            SYSTEMD_GENERATOR_PATH=/run/none SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/none \
-            /lib/systemd/systemd --system --unit=own.target --log-target=null";
-
-    /// `None`, and noted, where it does not come up.
-    fn start(site: &Site) -> Option<Systemd> {
-        // One name, which begins as the engines' world looks for it.
-        let name = site.cgroup("systemd").replace('/', "");
-        let log = std::fs::File::create(site.path("systemd.log")).unwrap();
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-ec", Self::OUTER, "sh"]).arg(&site.dir).args([&name, Self::INNER]);
-        command.stdin(std::process::Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let mut systemd = Systemd(command.spawn().unwrap());
-        let until = std::time::Instant::now() + SOON;
-        while std::time::Instant::now() < until && systemd.0.try_wait().unwrap().is_none() {
-            let state =
-                systemd.pid().map(|_| run(&mut systemd.within(Command::new("systemctl").arg("is-system-running"))));
-            if state.is_some_and(|output| output.status.success()) {
-                return Some(systemd);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
-        let said = std::fs::read_to_string(site.path("systemd.log")).unwrap();
-        crate::common::skip("classic: a systemd scope", &format!("systemd does not come up in namespaces: {said}"));
-        None
-    }
-
-    fn pid(&self) -> Option<String> {
-        let children = format!("/proc/{0}/task/{0}/children", self.0.id());
-        let pid = std::fs::read_to_string(children).ok()?.trim().to_owned();
-        (!pid.is_empty()).then_some(pid)
-    }
-
-    fn within(&self, command: &Command) -> Command {
-        let mut wrapped = Command::new("nsenter");
-        wrapped.args(["-m", "-p", "-C", "-u", "-i", "-t", &self.pid().unwrap_or_default()]);
-        wrapped.arg(command.get_program()).args(command.get_args());
-        wrapped
-    }
-}
-
-impl Drop for Systemd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A daemon-reload makes systemd write the device rules of its units again. The control: the same without what we tell
-/// systemd.
-fn survives_a_reload(runtime: &str) {
-    let Some(site) = Site::on_cgroup_v2(&[runtime]) else { return };
-    if !Path::new("/lib/systemd/systemd").exists() {
-        return crate::common::skip("classic: a systemd scope", "systemd is not installed");
-    }
-    let call = |words: &[&str]| call(&site, runtime, words);
-    let Some(systemd) = Systemd::start(&site) else { return };
-    let within = |command: &Command| systemd.within(command);
-    let own_nodes = |id: &str| {
-        let seen = must(&mut within(&call(&["exec", id, "mig-probe"])));
-        let nodes = Probe::read(&seen).nodes;
-        assert_eq!(nodes.len(), 6, "{seen}");
-        nodes.values().filter(|(_, verdict)| verdict == "allowed").count()
-    };
-    let create = |id: &str, mute: bool| {
-        let dir = hooked(&site, id, json!({"mig.profile": "1g.10gb", "mig.gpu": "0"}), &["sleep", "600"]);
-        change(&dir, |config| {
-            config["linux"]["cgroupsPath"] = json!(format!("system.slice:mig:{id}"));
-        });
-        let mut create = call(&["--systemd-cgroup", "create", "--bundle", &dir.display().to_string(), id]);
-        if mute {
-            let mut muted = Command::new("unshare");
-            let script = "mount --bind /bin/true /usr/bin/systemctl && exec \"$@\"";
-            muted.args(["--mount", "sh", "-c", script, "sh"]).arg(create.get_program()).args(create.get_args());
-            create = muted;
-        }
-        let (there, said) = detached(&mut within(&create), &site.path("log"));
-        assert!(there, "{said}\n{}", refusals(&site));
-        must(&mut within(&call(&["start", id])));
-        assert_eq!(own_nodes(id), 6, "{id}");
-    };
-    create("kept", false);
-    create("lost", true);
-    // It acts on a reload in its own time, but before the next.
-    must(&mut within(Command::new("systemctl").arg("daemon-reload")));
-    must(&mut within(Command::new("systemctl").arg("daemon-reload")));
-    // crun 1.8 leaves devices to its own program, on a cgroup below the scope.
-    let show = ["show", "--property=DevicePolicy", "--value", "mig-lost.scope"];
-    if must(&mut within(Command::new("systemctl").args(show))).trim() == "strict" {
-        wait_for("what systemd makes of a reload", SOON, || own_nodes("lost") == 0);
-    }
-    assert_eq!(own_nodes("kept"), 6, "after a reload");
-    let other = format!("{}:1", site.machine()["majors"]["nvidia"]);
-    let words = ["exec", "--cap", "CAP_MKNOD", "kept", "mig-probe", &other, DENIED, ALLOWED];
-    let verdicts = Probe::verdicts(&must(&mut within(&call(&words))));
-    assert_eq!([&other, DENIED, ALLOWED].map(|device| verdicts[device] == "denied"), [true, true, false]);
-    for id in ["kept", "lost"] {
-        must(&mut within(&call(&["delete", "--force", id])));
-    }
-    site.assert_clean("after delete");
-}
-
-#[test]
-fn a_scope_of_runc_on_cgroup_v2_keeps_its_slice_over_a_reload() {
-    survives_a_reload("runc");
-}
-
-#[test]
-fn a_scope_of_crun_on_cgroup_v2_keeps_its_slice_over_a_reload() {
-    survives_a_reload("crun");
 }

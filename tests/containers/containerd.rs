@@ -319,8 +319,11 @@ fn one_id_in_two_namespaces_is_two_containers() {
     let root = site.dir.join("rootfs").display().to_string();
     for namespace in ["one", "two"] {
         let cgroup = site.cgroup(&format!("{id}-{namespace}"));
-        let run = ["run", "--runc-binary", &wrapper, "--annotation", ASK, "--cgroup", &cgroup, "--null-io", "-d"];
-        must(&mut ctr(namespace, &[&run[..], &["--rootfs", &root, &id, "/bin/sleep", "600"]].concat()));
+        let run = ["run", "--runc-binary", &wrapper, "--annotation", ASK, "--cgroup", &cgroup, "--cpu-shares", "0"];
+        must(&mut ctr(
+            namespace,
+            &[&run[..], &["--null-io", "-d", "--rootfs", &root, &id, "/bin/sleep", "600"]].concat(),
+        ));
     }
     let leases = site.leases();
     assert_eq!(leases.len(), 2, "{leases:#?}");

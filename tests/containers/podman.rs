@@ -219,7 +219,8 @@ fn with_an_init_process_and_without_a_cgroup_for_conmon() {
                 continue;
             }
             let ask = ["mig.profile=1g.10gb"];
-            let started = must(&mut podman.request(&ask, &["-d", option], &["sh", "-c", PROBE_AND_WAIT]));
+            let started =
+                must(&mut podman.request(&ask, &["-d", "--cap-add", "MKNOD", option], &["sh", "-c", PROBE_AND_WAIT]));
             let id = started.trim();
             let seen = podman.probe(id);
             site.assert_given(&seen, &["1g.10gb"]);
