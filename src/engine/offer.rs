@@ -130,12 +130,10 @@ pub fn make_host_nodes(host: &Host, slices: &[Slice], majors: Majors) -> Result<
     Ok(())
 }
 
-/// The same, and their links in /dev/char: runc before 1.1.7 tells systemd only of devices that are found there by number,
-/// and at the next daemon-reload systemd closes the others (libcontainer/cgroups/systemd/common.go).
+/// Has the devices of those slices found by their numbers: runc before 1.1.7 tells systemd only of what is in /dev/char, and
+/// at the next daemon-reload systemd closes the rest (libcontainer/cgroups/systemd/common.go).
 pub fn make_known_to_systemd(host: &Host, slices: &[Slice], majors: Majors) -> Result<(), HostError> {
-    make_host_nodes(host, slices, majors)?;
-    let nodes = nodes_of(host, slices, majors);
-    nodes.iter().try_for_each(|node| host.link_device(&node.name, node.major, node.minor))
+    nodes_of(host, slices, majors).iter().try_for_each(|node| host.number_device(node.major, node.minor))
 }
 
 fn write(path: &Path, spec: Option<&Spec>) -> Result<bool, Failure> {

@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, lchown};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::Path;
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
@@ -25,25 +25,20 @@ impl Host {
         self.make(&format!("nvidia-caps/nvidia-cap{minor}"), major, minor, &file)
     }
 
-    /// Makes /dev/char/MAJOR:MINOR lead to a node of that name, as udev does for devices that it knows.
-    pub fn link_device(&self, name: &str, major: u32, minor: u32) -> Result<(), HostError> {
-        let path = self.dev_root.join(format!("char/{major}:{minor}"));
-        let target = Path::new("..").join(name);
-        let failed = |source| HostError::Node {
-            path: path.display().to_string(),
-            source,
-            remedy: format!("ln -sf {} {}", target.display(), path.display()),
-        };
-        if fs::read_link(&path).is_ok_and(|there| there == target) {
+    /// Makes /dev/char/MAJOR:MINOR, where udev keeps links to the devices that it knows, if nothing there is that device. For
+    /// root alone: it is there to be found, not to be opened.
+    pub fn number_device(&self, major: u32, minor: u32) -> Result<(), HostError> {
+        let name = format!("char/{major}:{minor}");
+        let path = self.dev_root.join(&name);
+        let device = makedev(major.into(), minor.into());
+        if path.metadata().is_ok_and(|meta| meta.file_type().is_char_device() && meta.rdev() == device) {
             return Ok(());
         }
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        let dir = self.dev_root.join("char");
-        fs::create_dir(&dir).or_else(|e| if dir.is_dir() { Ok(()) } else { Err(failed(e)) })?;
-        std::os::unix::fs::symlink(&target, &path).map_err(failed)
+        place(&path, (major, minor), 0o600, (None, None)).map_err(|source| HostError::Node {
+            path: path.display().to_string(),
+            source,
+            remedy: format!("mknod -m 600 {} c {major} {minor}", path.display()),
+        })
     }
 
     fn make(&self, name: &str, major: u32, minor: u32, file: &Path) -> Result<(), HostError> {
@@ -105,7 +100,7 @@ fn no_minor(file: &Path) -> HostError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+    use std::os::unix::fs::symlink;
 
     /// A capability with this file; `None` where no node can be made.
     fn host(access: &str) -> Option<(tempfile::TempDir, Host)> {
@@ -175,17 +170,21 @@ mod tests {
     }
 
     #[test]
-    fn a_link_by_number_leads_to_the_node_and_to_nothing_older() {
+    fn a_device_is_found_by_its_number_and_opened_by_root_alone() {
         let Some((dir, host)) = host(ACCESS) else { return };
-        let link = dir.path().join("dev/char/240:13");
-        for _ in 0..2 {
-            host.link_device("nvidia-caps/nvidia-cap13", 240, 13).unwrap();
-            assert_eq!(fs::read_link(&link).unwrap(), Path::new("../nvidia-caps/nvidia-cap13"));
+        let path = dir.path().join("dev/char/240:13");
+        host.number_device(240, 13).unwrap();
+        let meta = path.symlink_metadata().unwrap();
+        assert_eq!((meta.rdev(), meta.mode() & 0o777), (makedev(240, 13), 0o600));
+        // A link of udev's stays, one that leads elsewhere does not.
+        for (target, stays) in [("../probe", true), ("240:13", false)] {
+            fs::create_dir_all(dir.path().join("dev/char")).unwrap();
+            let (number, path) = ((240, 1), dir.path().join("dev/char/240:1"));
+            let _ = fs::remove_file(&path);
+            symlink(target, &path).unwrap();
+            host.number_device(number.0, number.1).unwrap();
+            assert_eq!(path.symlink_metadata().unwrap().is_symlink(), stays, "{target}");
+            assert_eq!(path.metadata().unwrap().rdev(), makedev(240, 1));
         }
-        fs::remove_file(&link).unwrap();
-        symlink("../null", &link).unwrap();
-        host.link_device("nvidia-caps/nvidia-cap13", 240, 13).unwrap();
-        assert_eq!(fs::read_link(&link).unwrap(), Path::new("../nvidia-caps/nvidia-cap13"));
-        assert_eq!(fs::read_dir(dir.path().join("dev/char")).unwrap().count(), 1);
     }
 }
