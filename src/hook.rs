@@ -159,7 +159,7 @@ pub(crate) fn check_dev(config: &Value, bundle: Option<&Path>) -> Result<()> {
 /// Refuses a container whose device rules would open other slices than its own, or that has no `cgroup` to enforce them,
 /// unless the settings allow that.
 pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, cgroup: bool) -> Result<()> {
-    // Without root nothing enforces them in any case (docs/engines-rootless.md).
+    // Without root nothing enforces them in any case (docs/engines.md).
     let open = if cgroup || settings.rootless.is_some() {
         edits::open_rule(config, majors)
     } else {

@@ -369,7 +369,7 @@ fn podman_with_crun() {
     under_podman("crun");
 }
 
-/// The spec for containerd's base_runtime_spec, made as docs/engines-classic.md says.
+/// The spec for containerd's base_runtime_spec, made as docs/engines.md says.
 #[test]
 fn containerd_with_a_base_spec() {
     let Some(site) = Site::new(&["docker", "ctr"]) else { return };
@@ -378,7 +378,7 @@ fn containerd_with_a_base_spec() {
         command.args(words);
         command
     };
-    let page = include_str!("../../docs/engines-classic.md");
+    let page = include_str!("../../docs/engines.md");
     let filter = page.split_once("ctr oci spec | jq '").unwrap().1.split_once("' >").unwrap().0;
     let plain = site.write("plain.json", &must(&mut ctr(&["oci", "spec"])));
     let base: Value = serde_json::from_str(&must(Command::new("jq").arg(filter).arg(plain))).unwrap();
