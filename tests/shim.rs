@@ -123,15 +123,18 @@ fn undo(world: &World, mut config: Value, bind: bool) -> Value {
 #[test]
 fn create_adds_exactly_the_slice_and_keeps_every_other_byte_of_meaning_and_order() {
     let world = World::new(&DEMO);
-    world.recording_runtime(0);
+    let runc = world.recording_runtime(0);
+    let other = world.path("rt/youki").display().to_string();
+    std::fs::copy(runc, &other).unwrap();
     let annotated = config(profile("1g.10gb"), &["PATH=/bin"]);
     let asked_by_env = config(json!({}), &["PATH=/bin", "MIG_PROFILE=1g.10gb"]);
     let pid_file = world.path("pid");
     let pid_file = ["--pid-file", pid_file.to_str().unwrap()];
     type Case<'a> = (&'a str, &'a [&'a str], &'a Value, &'a str, &'a [&'a str], bool);
-    let cases: [Case; 5] = [
+    let cases: [Case; 6] = [
         ("annotation", &[], &annotated, "create", &[], true),
         ("annotation, --pid-file", &[], &annotated, "create", &pid_file, false),
+        ("annotation, --pid-file, not runc or crun", &["--mig-runtime", &other], &annotated, "create", &pid_file, true),
         ("annotation, run", &[], &annotated, "run", &[], true),
         ("environment", &["--mig-env"], &asked_by_env, "create", &[], true),
         ("environment, run", &["--mig-env"], &asked_by_env, "run", &pid_file, false),

@@ -156,7 +156,7 @@ impl World {
         std::fs::create_dir_all(&dir).unwrap();
         let d = dir.display();
         let runtime = self.script(
-            "rt/runtime",
+            "rt/runc",
             &format!(
                 "printf '%s\\n' \"$@\" > {d}/argv; env > {d}/env; ls -l /proc/self/fd > {d}/fd\n\
                  grep SigIgn /proc/self/status > {d}/sigign; echo $$ > {d}/pid\nexit {code}"
