@@ -41,8 +41,8 @@ impl Systemd {
         mount -t tmpfs -o mode=755 tmpfs /run
         mkdir -p /run/units /run/none /run/dbus
         printf '[Unit]\\nWants=dbus.socket dbus.service\\n' > /run/units/own.target
-        printf '[Socket]\\nListenStream=/run/dbus/system_bus_socket\\n' > /run/units/dbus.socket
-        printf '[Service]\\nType=notify\\nExecStart=%s\\n' '/usr/bin/dbus-daemon --system --address=systemd: \
+        printf '[Unit]\\nDefaultDependencies=no\\n[Socket]\\nListenStream=/run/dbus/system_bus_socket\\n' > /run/units/dbus.socket
+        printf '[Unit]\\nDefaultDependencies=no\\n[Service]\\nType=notify\\nExecStart=%s\\n' '/usr/bin/dbus-daemon --system --address=systemd: \
             --nofork --nopidfile --systemd-activation' > /run/units/dbus.service
         exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=test \
             SYSTEMD_UNIT_PATH=/run/systemd/system.control:/run/systemd/transient:/run/units \
