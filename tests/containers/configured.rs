@@ -219,7 +219,11 @@ fn containerd_reads_it_and_cri_loads() {
         let dump =
             must(Command::new(crate::installed("containerd")).arg("--config").arg(&file).args(["config", "dump"]));
         let dump: toml::Table = dump.parse().unwrap();
-        let handlers = &dump["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"];
+        // containerd 2 knows both names, and shows the newer.
+        let plugins =
+            ["io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri"].map(|name| dump["plugins"].get(name));
+        let containerd = plugins.into_iter().flatten().find_map(|plugin| plugin.get("containerd")).unwrap();
+        let handlers = &containerd["runtimes"];
         let mig = &handlers["mig"];
         assert_eq!(mig["options"]["BinaryName"].as_str(), binaries().join("mig-runtime").to_str(), "{name}");
         assert_eq!(mig["pod_annotations"].as_array().map(Vec::len), Some(2), "{name}");

@@ -47,6 +47,7 @@ impl<'a> House<'a> {
              for file in passwd group subuid subgid; do cp /etc/$file {dir}/$file; done\n\
              echo 'migtest:x:{UID}:{UID}::{dir}/home:/bin/sh' >> {dir}/passwd\n\
              echo 'migtest:x:{UID}:' >> {dir}/group\n\
+             echo 'containers:x:4243:65534::/:/bin/false' >> {dir}/passwd\n\
              for file in subuid subgid; do printf '%s\\n' migtest:200000:65536 containers:300000:65536 >> {dir}/$file; done\n\
              for file in passwd group subuid subgid; do mount --bind {dir}/$file /etc/$file; done\n\
              for dir in /run/user /run/cdi; do mkdir -p $dir && mount -t tmpfs -o mode=755 tmpfs $dir; done\n\
