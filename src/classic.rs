@@ -11,6 +11,7 @@ use crate::config::Settings;
 use crate::container::{Cgroup, Live, Node};
 use crate::edits;
 use crate::engine::{self, Binding, Engine, Failure};
+use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::hook::{self, State};
 use crate::host::{self, Majors};
@@ -35,7 +36,7 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     // Where precreate or the shim edited the config, its container is served already; and where this hook was registered
     // for createRuntime and prestart, by its first call.
     if slice.is_none() {
-        if let Some(token) = edits::marked(&state.value)
+        if let Some(token) = edits::marked(&state.value).filter(|token| first::plain_name(token))
             && engine.serves(token, &state.id)?
         {
             return Ok(());
@@ -87,7 +88,8 @@ fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> 
     edits::drop_rules_of(&mut config, &nodes);
     let named = config.pointer("/linux/cgroupsPath").is_some_and(Value::is_string);
     hook::check_dev(&config, Some(bundle))?;
-    hook::check_rules(settings, &config, majors, named || holder.cgroup.is_some())
+    hook::check_rules(settings, &config, majors, named || holder.cgroup.is_some())?;
+    holder.init.map_or(Ok(()), |init| hook::check_live_rules(settings, init.pid))
 }
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.
@@ -96,7 +98,9 @@ pub(crate) fn end(settings: &Settings, slice: Option<&str>) -> Result<()> {
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     for lease in engine.leases_of_hooks(way(slice), &state.id, state.bundle.as_deref())? {
-        if slice.is_none_or(|uuid| lease.uuids() == uuid) {
+        // Ids and bundles come again: the one whose first process lives is of another life.
+        let over = !lease.holder.init.is_some_and(host::alive);
+        if over && slice.is_none_or(|uuid| lease.uuids() == uuid) {
             hook::release(&engine, &lease.token, &state.id)?;
         }
     }
@@ -130,6 +134,12 @@ struct Site {
 
 impl Site {
     fn of(settings: &Settings, holder: &Holder) -> Result<Site> {
+        if settings.rootless.is_some() {
+            return Err(Refused(
+                "without root no node can be made in a container; register podman's precreate hook instead".into(),
+            )
+            .into());
+        }
         let bundle = holder.bundle.as_deref().ok_or_else(|| {
             Refused("the runtime does not say where the container's bundle is (crun before 1.27); update it".into())
         })?;

@@ -143,7 +143,14 @@ impl Live {
                 in_image()?
             }
             Err(Errno::EXDEV) if self.run_is_own => {
-                directory(&self.root, "run", ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS)?
+                let run =
+                    directory(&self.root, "run", ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_SYMLINKS)?;
+                // A later mount may be there under a name that the config spells otherwise.
+                let host = std::fs::metadata("/run")?.dev();
+                if !fstatfs(&run).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC) || run.metadata()?.dev() == host {
+                    return Err(io::Error::other("/run is mounted from elsewhere"));
+                }
+                run
             }
             Err(Errno::EXDEV) => return Err(io::Error::other("/run is mounted from elsewhere")),
             other => other?,

@@ -288,7 +288,7 @@ impl<'a> Engine<'a> {
 
     /// Binds the container that was started with a lease. Fails, and so fails the container's create, when the lease is
     /// gone, on its way out, or another container's.
-    pub fn confirm(&self, token: &str, binding: &Binding) -> Result<(), Failure> {
+    pub fn confirm(&self, token: &str, binding: &Binding) -> Result<Lease, Failure> {
         let lock = self.store.lock(BIND_LOCK_WAIT)?;
         let stale = |why: String| Failure::Stale(format!("lease {token} {why}; start the container again"));
         let Some(mut lease) = self.store.get::<Lease>(token, VERSION)? else {
@@ -310,7 +310,8 @@ impl<'a> Engine<'a> {
         holder.runtime = binding.runtime.clone().or(holder.runtime.take());
         holder.mount_namespace = host::mount_namespace(std::process::id());
         self.store.put(&lock, token, &lease)?;
-        self.index(&lock, &lease)
+        self.index(&lock, &lease)?;
+        Ok(lease)
     }
 
     /// Takes over the lease that a config is marked with: one that a living owner has just made and nobody has bound.
@@ -605,7 +606,9 @@ impl<'a> Engine<'a> {
     pub fn serves(&self, token: &str, container: &str) -> Result<bool, Failure> {
         let lease = self.store.get::<Lease>(token, VERSION)?;
         Ok(lease.is_some_and(|lease| {
-            lease.state == State::Active && lease.holder.container.as_deref().is_none_or(|id| id == container)
+            lease.state == State::Active
+                && !self.store.announced(token)
+                && lease.holder.container.as_deref().is_none_or(|id| id == container)
         }))
     }
 

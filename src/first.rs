@@ -457,7 +457,9 @@ fn outside_uid(map: &str) -> Option<u32> {
 
 /// Where leases live: as the settings say, and for a user without root in a directory of the user's.
 pub fn state_dir(configured: Option<PathBuf>) -> PathBuf {
-    match rootless() {
+    // Root of a system container (LXD) owns its /run; in the namespace of a user, the host's root does.
+    let user = rootless().filter(|_| !std::fs::metadata("/run").is_ok_and(|meta| meta.uid() == 0));
+    match user {
         Some(uid) => Path::new(USER_STATE).join(uid.to_string()).join("mig-hook"),
         None => configured.unwrap_or_else(|| STATE_DIR.into()),
     }

@@ -139,6 +139,10 @@ pub(crate) fn prepare(
 
 fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>, cgroup: bool) -> Result<Majors> {
     check_dev(config, bundle)?;
+    if !edits::claimed(config).is_empty() {
+        let twice = "the container asks by annotation or environment, and by --device; leave one of them out";
+        return Err(Refused(twice.into()).into());
+    }
     let majors = engine::host_of(settings).majors()?;
     edits::strip(config, majors);
     check_rules(settings, config, majors, cgroup)?;
@@ -293,13 +297,16 @@ fn bind(settings: &Settings, token: &str) -> Result<()> {
     let binding = binding(&state()?)?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    check_live_rules(settings, binding.pid).inspect_err(|_| give_back(&engine, token))?;
-    Ok(engine.confirm(token, &binding)?)
+    let lease = engine.confirm(token, &binding)?;
+    check_live_rules(settings, binding.pid).inspect_err(|error| {
+        engine::audit_refusal(&lease.holder, None, &report::sentence(error));
+        give_back(&engine, token);
+    })
 }
 
 /// Refuses a container in whose cgroup no device rules are in force, whatever its config says: youki 0.7 enforces none on
 /// cgroup v2 unless it was built with cgroupsv2_devices (run). Where the cgroups can't be looked at, the config must do.
-fn check_live_rules(settings: &Settings, pid: u32) -> Result<()> {
+pub(crate) fn check_live_rules(settings: &Settings, pid: u32) -> Result<()> {
     if settings.rootless.is_some() || settings.open_device_rules {
         return Ok(());
     }

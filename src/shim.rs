@@ -35,11 +35,7 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
             // The first stage read as much when it saw the lease: the same runtime, and the same leases.
             let outline = first::Outline::read(plan.own.config.as_deref());
             let default = Settings::default();
-            Settings {
-                runtime: outline.runtime.path,
-                state_dir: outline.state_dir.unwrap_or(default.state_dir),
-                ..default
-            }
+            Settings { runtime: outline.runtime.path, state_dir: first::state_dir(outline.state_dir), ..default }
         }
         Err(error) => return refuse(&plan, &error.into()),
     };

@@ -8,7 +8,7 @@ mod common;
 use std::path::PathBuf;
 use std::process::Output;
 
-use common::{Init, World, config, state, text};
+use common::{Init, World, config, state, text, wait_for};
 use serde_json::{Value, json};
 
 const OFFERED: &str = "[slices]\nforeign = \"idle\"";
@@ -60,8 +60,14 @@ impl Created {
         Created { id, bundle: world.bundle(id, &ordinary()), init: Init::start() }
     }
 
-    /// Runs a hook of the spec, as a runtime does.
+    /// Runs a hook of the spec, as a runtime does: poststop when the first process has ended.
     fn hook(&self, world: &World, stage: &str, uuid: &str) -> Output {
+        if stage == "poststop" {
+            let pid = nix::unistd::Pid::from_raw(self.init.pid().cast_signed());
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+            let dead = || mig_hook::host::process(self.init.pid()).is_none();
+            wait_for("the end of the first process", std::time::Duration::from_secs(20), dead);
+        }
         world.hook(&[stage, "--slice", uuid], &state(self.id, self.init.pid(), &self.bundle))
     }
 }
@@ -151,8 +157,12 @@ fn a_spec_is_taken_once_and_stays_offered() {
     assert!(two.hook(&world, "poststop", &slices[0]).status.success());
     assert_eq!(world.leases().len(), 1);
 
+    // A late one of an earlier life with this id and bundle finds the container alive.
+    let late = world.hook(&["poststop", "--slice", &slices[0]], &state("one", 0, &one.bundle));
+    assert_eq!((code(&late), world.leases().len()), (0, 1));
     assert!(one.hook(&world, "poststop", &slices[0]).status.success());
     assert_eq!((world.leases().len(), uuids(&world)), (0, slices.clone()), "what is not ours is not destroyed");
+    let two = Created::new(&world, "two");
     assert!(two.hook(&world, "createRuntime", &slices[0]).status.success());
     // Without poststop, gc sees that the container is gone.
     drop(two.init);
@@ -311,4 +321,15 @@ fn a_spec_that_cannot_be_written_stops_no_container() {
     let output = world.migctl(&["gc"]);
     assert!(output.status.success(), "{}", text(&output));
     assert!(text(&output).contains("the CDI spec is not up to date: cannot write"), "{}", text(&output));
+}
+
+#[test]
+fn who_asks_in_two_ways_is_refused_rather_than_given_half() {
+    let world = machine();
+    let mut config = given(&world, &uuids(&world)[..1], json!({"allow": false, "type": "b", "access": "rwm"}));
+    config["annotations"] = json!({"mig.profile": "1g.10gb"});
+    let output = world.hook(&["precreate"], config.to_string().as_bytes());
+    assert_eq!(code(&output), 77, "{}", text(&output));
+    assert!(text(&output).contains("by annotation or environment, and by --device"), "{}", text(&output));
+    assert_eq!(world.leases(), Vec::<Value>::new());
 }

@@ -386,7 +386,6 @@ fn a_stale_backup_is_never_put_back() {
     // The file is gone, the backup is not.
     document("docker", &path, &[]);
     std::fs::remove_file(&path).unwrap();
-    document("docker", &path, &[]);
-    document("docker", &path, &["--remove"]);
-    assert_eq!(dir.files(), Vec::<String>::new());
+    refused("docker", &path, &[], 65, &["mig-hook.bak has what it was"]);
+    assert_eq!(read(&dir.path("daemon.json.mig-hook.bak")), "{\"b\": 2}");
 }

@@ -570,3 +570,18 @@ fn a_classic_hook_takes_nothing_for_what_is_no_container() {
     let output = world.hook(&["poststop"], &state(init.pid(), &bundle));
     assert_eq!(code(&output), 0, "poststop of what holds nothing: {}", text(&output));
 }
+
+/// What the State calls our token is an annotation, and may be an image's: never a path.
+#[test]
+fn a_token_in_the_state_is_no_path() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let (_, token) = precreate(&world);
+    let init = Init::start();
+    let lease = std::fs::read(world.path("state/leases").join(format!("{token}.json"))).unwrap();
+    std::fs::write(world.path("forged.json"), lease).unwrap();
+    let forged = world.path("forged").display().to_string();
+    let mut asked: Value = serde_json::from_slice(&state("c1", init.pid(), &world.path("b"))).unwrap();
+    asked["annotations"] = json!({"mig.profile": "1g.10gb", "mig.lease": forged});
+    let output = world.hook(&["createRuntime"], asked.to_string().as_bytes());
+    assert_ne!(code(&output), 0, "it is not taken for a container that is served: {}", text(&output));
+}

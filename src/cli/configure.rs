@@ -215,7 +215,10 @@ fn registration(settings: &Settings, args: &Args, target: &Target) -> Result<Pla
     }
     let backup = match untouched {
         true => Backup::Leave,
-        false if target.text.is_none() => Backup::Drop, // of a file that is gone
+        false if target.text.is_none() && target.backup_text.is_some() => bail!(Unusable(format!(
+            "the file is gone, but {} has what it was: move it back, or delete it, then run this again",
+            target.backup.display()
+        ))),
         false if ours.is_empty() || target.backup_text.is_none() => Backup::Make,
         false => Backup::Leave,
     };

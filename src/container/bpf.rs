@@ -32,6 +32,9 @@ struct Query {
     prog_ids: u64,
     prog_cnt: u32,
     _pad: u32,
+    /// prog_attach_flags, link_ids, link_attach_flags, revision: Linux 6.17 to 7.1 writes the last whatever size it is told
+    /// (https://github.com/opencontainers/cgroups/pull/69).
+    _rest: [u64; 4],
 }
 
 #[repr(C)]

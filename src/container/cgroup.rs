@@ -36,9 +36,8 @@ impl Cgroup {
         let theirs = place(&mounts, &text(format!("/proc/{pid}/cgroup"))?);
         let ours = place(&mounts, &text("/proc/self/cgroup".into())?);
         let Some((version, root, path)) = theirs else {
-            return Err(refused(format!(
-                "the cgroup of process {pid} is not below a cgroup tree that is mounted here"
-            )));
+            let missing = io::Error::other("it is not below a cgroup tree that is mounted here");
+            return Err(failed(format!("find the cgroup of process {pid}"))(missing));
         };
         if path == "/" || ours.is_some_and(|(_, _, ours)| ours == path) {
             return Err(refused("it has no cgroup of its own, so no device rules of its own"));
@@ -56,7 +55,10 @@ impl Cgroup {
                 !text.lines().any(|line| line.starts_with("a "))
             }
             Version::Two => {
-                let each = self.dirs.iter().map(|dir| has_programs(dir));
+                // crun from 1.22 on has systemd attach its program to the scope, and puts init one below it.
+                let above = self.dirs.first().and_then(|dir| dir.parent());
+                let scope = above.filter(|dir| dir.extension().is_some_and(|e| e == "scope"));
+                let each = self.dirs.iter().map(PathBuf::as_path).chain(scope).map(has_programs);
                 each.collect::<Result<Vec<_>, _>>()?.contains(&true)
             }
         };

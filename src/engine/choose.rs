@@ -63,7 +63,10 @@ impl Engine<'_> {
             for want in request.alternatives.iter().flatten() {
                 let Want::Uuid(uuid) = want else { continue };
                 let Some((gpu, instance)) = self.gpu.instance_of(uuid)? else { continue };
-                devices.iter_mut().filter(|d| d.uuid == gpu).for_each(|d| d.instances.push(instance.clone()));
+                devices
+                    .iter_mut()
+                    .filter(|d| d.uuid == gpu && d.is_closed())
+                    .for_each(|d| d.instances.push(instance.clone()));
             }
         }
         Ok(devices)

@@ -35,6 +35,9 @@ impl Target {
 
     /// Writes the file, or deletes it; the backup first where one is made, last where it is dropped.
     pub fn carry_out(&self, text: Option<&str>, backup: &Backup) -> Result<()> {
+        if read(&self.path)? != self.text {
+            return Err(anyhow!(Unusable(format!("{} has changed meanwhile; run this again", self.path.display()))));
+        }
         if let (Backup::Make, Some(before)) = (backup, &self.text) {
             replace(&self.backup, before, &self.path)?;
         }
@@ -140,6 +143,7 @@ fn replace(path: &Path, text: &str, like: &Path) -> Result<()> {
 }
 
 fn write_like(temporary: &Path, text: &str, like: &Path) -> io::Result<()> {
+    let _ = std::fs::remove_file(temporary); // of an earlier process with our pid
     let mut options = OpenOptions::new();
     let mut file: File =
         options.write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
