@@ -136,3 +136,32 @@ fn run_in_the_foreground() {
         site.assert_clean(&format!("when {runtime} run returns"));
     }
 }
+
+/// A runtime that enforces nothing, whatever the config says: one that lets runc have a config without rules.
+#[test]
+fn a_runtime_that_enforces_no_device_rules_is_refused() {
+    if crate::cgroup_v2() {
+        crate::skip(
+            "on cgroup v2 runc makes a program of no rules too; one without any program is youki's (cgroup2::youki)",
+        );
+        return;
+    }
+    let Some(site) = Site::new(&["runc", "jq"]) else { return };
+    let dir = bundle(&site, "c1", json!({"mig.profile": "1g.10gb"}), &["sleep", "600"]);
+    let lax = site.script(
+        "lax",
+        &format!(
+            "jq '.linux.resources.devices = [{{\"allow\": true, \"access\": \"rwm\"}}]' {dir}/config.json > {dir}/lax.json\n\
+             mv {dir}/lax.json {dir}/config.json\nexec {runc} \"$@\"",
+            dir = dir.display(),
+            runc = installed("runc").display()
+        ),
+    );
+    let mut create = Command::new(binaries().join("mig-runtime"));
+    create.arg("--mig-config").arg(site.config()).arg("--mig-runtime").arg(lax);
+    create.arg("--root").arg(site.path("root")).args(["create", "--bundle", shown(&dir), "c1"]);
+    let (created, said) = detached(&mut create, &site.path("log"));
+    assert!(!created && said.contains("device rules of its cgroup deny nothing"), "{said}");
+    site.assert_clean("after the refusal");
+    assert_eq!(["grant", "refusal", "release"].map(|event| site.audited(event)), [1, 1, 1]);
+}
