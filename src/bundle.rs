@@ -119,6 +119,12 @@ pub fn read_limited(from: impl Read, shown: &str) -> Result<Vec<u8>, BundleError
     }
 }
 
+/// Reads and parses a file in which every key must be unambiguous.
+pub fn load(path: &Path) -> Result<Value, BundleError> {
+    let shown = path.display().to_string();
+    parse(&read(path)?, &shown)?.certain(&shown)
+}
+
 /// Parses a config and looks for keys that are there twice.
 pub fn parse(bytes: &[u8], shown: &str) -> Result<Config, BundleError> {
     let json = |source| BundleError::Json { path: shown.into(), source };

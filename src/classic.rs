@@ -13,7 +13,7 @@ use crate::edits;
 use crate::engine::{self, Binding, Engine, Failure};
 use crate::first;
 use crate::gpu::nvml::Nvml;
-use crate::hook::{self, State};
+use crate::hook;
 use crate::host::{self, Majors};
 use crate::lease::{Holder, Lease, Slice, Way};
 use crate::report::{self, Refused};
@@ -23,7 +23,7 @@ use crate::request;
 /// takes just this one, whose nodes are in the config already.
 pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     let state = hook::state()?;
-    let holder = holder(hook::binding(&state)?, &state.value, way(slice))?;
+    let holder = holder(&hook::binding(&state)?, &state.value, way(slice))?;
     let asked = match slice {
         Some(uuid) => request::from_annotations([("mig.uuid", uuid)].into_iter(), None),
         None if hook::is_sandbox(&state.value) => Ok(None),
@@ -64,9 +64,7 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
 /// config already. One hook runs for each of them; the last one looks, when all are held.
 fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> Result<()> {
     let bundle = holder.bundle.as_deref().unwrap_or(Path::new("."));
-    let path = bundle.join("config.json");
-    let shown = path.display().to_string();
-    let mut config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+    let mut config = bundle::load(&bundle.join("config.json"))?;
     if edits::claimed(&config).last().is_some_and(|last| *last != slice) {
         return Ok(());
     }
@@ -94,7 +92,7 @@ fn check(settings: &Settings, engine: &Engine, holder: &Holder, slice: &str) -> 
 
 /// Releases what this very container took by such hooks. May come twice, or for a container that never asked.
 pub(crate) fn end(settings: &Settings, slice: Option<&str>) -> Result<()> {
-    let state: State = hook::state()?;
+    let state = hook::state()?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     for lease in engine.leases_of_hooks(way(slice), &state.id, state.bundle.as_deref())? {
@@ -112,16 +110,11 @@ fn way(slice: Option<&str>) -> Way {
 }
 
 /// A holder that is bound from the start: its first process exists when the hook runs.
-fn holder(binding: Binding, state: &Value, way: Way) -> Result<Holder> {
+fn holder(binding: &Binding, state: &Value, way: Way) -> Result<Holder> {
     let owner = host::parent(std::process::id()).context("cannot tell which process runs this hook")?;
     let mut holder = engine::new_holder(way, owner);
     hook::describe(&mut holder, state);
-    holder.container = Some(binding.container);
-    holder.init = host::process(binding.pid);
-    holder.cgroup = host::own_cgroup(binding.pid);
-    holder.bundle = binding.bundle;
-    holder.runtime_root = binding.runtime_root;
-    holder.runtime = binding.runtime;
+    engine::bind(&mut holder, binding);
     Ok(holder)
 }
 
@@ -144,8 +137,7 @@ impl Site {
             Refused("the runtime does not say where the container's bundle is (crun before 1.27); update it".into())
         })?;
         let path = bundle.join("config.json");
-        let shown = path.display().to_string();
-        let config = bundle::parse(&bundle::read(&path)?, &shown)?.certain(&shown)?;
+        let config = bundle::load(&path)?;
         hook::check_dev(&config, Some(bundle))?;
         let majors = engine::host_of(settings).majors()?;
         // Not stripped: what the config allows is allowed by now.
@@ -153,7 +145,8 @@ impl Site {
         let init =
             holder.init.ok_or_else(|| Failure::BadRequest("the pid in the State is of no living process".into()))?;
         let text = |at: &str| config.pointer(at).and_then(Value::as_str);
-        let root = text("/root/path").ok_or_else(|| Failure::BadRequest(format!("{shown} has no root.path")))?;
+        let no_root = || Failure::BadRequest(format!("{} has no root.path", path.display()));
+        let root = text("/root/path").ok_or_else(no_root)?;
         let live = Live::of(init.pid, &bundle.join(root), edits::has_tmpfs(&config, "/run"))?;
         let cgroup = Cgroup::of(init.pid, text("/linux/cgroupsPath"))?;
         if let Some(why) = cgroup.open()?.filter(|_| !settings.open_device_rules) {
@@ -173,10 +166,9 @@ impl Site {
             .map(live_node)
             .collect();
         self.live.make_nodes(&nodes)?;
-        let lines = |list: &[String]| list.iter().map(|line| format!("{line}\n")).collect::<String>();
-        let uuids: Vec<String> = lease.uuids().split(',').map(str::to_owned).collect();
         let environment = edits::environment(&lease.uuids(), &lease.profiles());
-        self.live.tell(&[("uuids", lines(&uuids)), ("environment", lines(&environment))])?;
+        let uuids = lease.uuids().replace(',', "\n") + "\n";
+        self.live.tell(&[("uuids", uuids), ("environment", environment.join("\n") + "\n")])?;
         Ok(self.cgroup.allow(&nodes)?)
     }
 }

@@ -301,14 +301,7 @@ impl<'a> Engine<'a> {
             Some(other) if *other != binding.container => return Err(stale(format!("is held by {}", lease.held_by()))),
             _ => {}
         }
-        let holder = &mut lease.holder;
-        holder.container = Some(binding.container.clone());
-        holder.init = host::process(binding.pid);
-        holder.cgroup = host::own_cgroup(binding.pid).or(holder.cgroup.take());
-        holder.bundle = binding.bundle.clone().or(holder.bundle.take());
-        holder.runtime_root = binding.runtime_root.clone().or(holder.runtime_root.take());
-        holder.runtime = binding.runtime.clone().or(holder.runtime.take());
-        holder.mount_namespace = host::mount_namespace(std::process::id());
+        bind(&mut lease.holder, binding);
         self.store.put(&lock, token, &lease)?;
         self.index(&lock, &lease)?;
         Ok(lease)
@@ -709,6 +702,17 @@ fn audit(event: &str, holder: &Holder, mut more: Value) {
         line.extend(rest);
     }
     tracing::info!(target: "audit", "{more}");
+}
+
+/// What a createRuntime hook adds to what is known of a holder.
+pub fn bind(holder: &mut Holder, binding: &Binding) {
+    holder.container = Some(binding.container.clone());
+    holder.init = host::process(binding.pid);
+    holder.cgroup = host::own_cgroup(binding.pid).or(holder.cgroup.take());
+    holder.bundle = binding.bundle.clone().or(holder.bundle.take());
+    holder.runtime_root = binding.runtime_root.clone().or(holder.runtime_root.take());
+    holder.runtime = binding.runtime.clone().or(holder.runtime.take());
+    holder.mount_namespace = host::mount_namespace(std::process::id());
 }
 
 /// What is known of a holder at the start: who asks, and how.

@@ -176,8 +176,7 @@ fn restore(plan: &Plan) -> Result<()> {
 fn exec(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<()> {
     let (Some(file), Some(id)) = (&plan.process, plan.id.as_ref().and_then(|id| id.to_str())) else { return Ok(()) };
     let Some(lease) = Engine::open(settings, nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
-    let shown = file.display().to_string();
-    let mut process = bundle::parse(&bundle::read(file)?, &shown)?.certain(&shown)?;
+    let mut process = bundle::load(file)?;
     edits::set_environment(&mut process, &edits::environment(&lease.uuids(), &lease.profiles())).map_err(Refused)?;
     Ok(bundle::replace(file, &process)?)
 }
