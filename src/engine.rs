@@ -20,8 +20,10 @@ use crate::runtime;
 use crate::store::{Lock, Store, StoreError};
 
 mod choose;
+mod keep;
 mod offer;
 
+pub use keep::{Cordon, Cordons, Destroyed, Place};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
 
 /// Longest wait for the lock in acquire and reconcile.
@@ -171,12 +173,13 @@ impl<'a> Engine<'a> {
     }
 
     fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
-        let leases = self.leases()?;
+        let mut leases = self.leases()?;
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
             // What the driver said says more than that no GPU is left to try.
             let usable = self.managed_devices().and_then(|devices| {
+                self.drop_vanished(lock, &devices, &mut leases)?;
                 self.publish(lock, &devices, &leases);
                 self.usable_devices(devices, request, &unusable)
             });
@@ -184,7 +187,7 @@ impl<'a> Engine<'a> {
                 Err(refusal) => return Err(last.unwrap_or(refusal)),
                 Ok(devices) => devices,
             };
-            let slices = match self.choose(&devices, &leases, request) {
+            let slices = match self.choose(&devices, &leases, request, holder.uid) {
                 Err(refusal) => return Err(last.unwrap_or(refusal)),
                 Ok(slices) => slices,
             };
@@ -224,17 +227,15 @@ impl<'a> Engine<'a> {
     fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease]) -> Result<(), Failure> {
         let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
         if lease.slices[at].ours {
-            lease.slices[at].step = Step::CreatingInstance;
-            self.store.put(lock, &lease.token, lease)?;
-            let created = self.gpu.create_instance(&gpu, lease.slices[at].profile, lease.slices[at].placement);
-            if let Err(GpuError::NoRoom { .. } | GpuError::InUse { .. } | GpuError::NoPermission { .. }) = created {
-                lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
-            }
-            let instance = created?;
-            lease.slices[at].gi = Some(instance.id);
+            let shared = lease.slices[..at].iter().find(|s| s.shares(&lease.slices[at])).and_then(|s| s.gi);
+            let gi = match shared {
+                Some(gi) => gi,
+                None => self.cut_instance(lock, lease, at)?,
+            };
+            lease.slices[at].gi = Some(gi);
             lease.slices[at].step = Step::CreatingCompute;
             self.store.put(lock, &lease.token, lease)?;
-            let compute = self.gpu.create_compute(&gpu, instance.id)?;
+            let compute = self.gpu.create_compute(&gpu, gi, lease.slices[at].compute_slices)?;
             lease.slices[at].ci = Some(compute.id);
             lease.slices[at].uuid = Some(compute.uuid);
             lease.slices[at].step = Step::Whole;
@@ -244,11 +245,24 @@ impl<'a> Engine<'a> {
             slice.gi_minor = Some(self.host.instance_minor(minor, gi)?);
             slice.ci_minor = Some(self.host.compute_minor(minor, gi, ci)?);
         }
-        let taken: BTreeSet<u32> = others.iter().flat_map(Lease::minors).collect();
+        // A kept slice has the same minors as the lease of whoever gets it.
+        let others = others.iter().filter(|other| slice.ours || other.state != State::Static);
+        let taken: BTreeSet<u32> = others.flat_map(Lease::minors).collect();
         match [slice.gi_minor, slice.ci_minor].into_iter().flatten().find(|m| taken.contains(m)) {
             Some(m) => Err(Failure::NoRoom(format!("capability minor {m} still belongs to another lease"))),
             None => Ok(()),
         }
+    }
+
+    fn cut_instance(&self, lock: &Lock, lease: &mut Lease, at: usize) -> Result<u32, Failure> {
+        lease.slices[at].step = Step::CreatingInstance;
+        self.store.put(lock, &lease.token, lease)?;
+        let slice = &lease.slices[at];
+        let created = self.gpu.create_instance(&slice.gpu, slice.profile, slice.placement);
+        if let Err(GpuError::NoRoom { .. } | GpuError::InUse { .. } | GpuError::NoPermission { .. }) = created {
+            lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
+        }
+        Ok(created?.id)
     }
 
     fn new_lease(&self, holder: &Holder, slices: Vec<Slice>) -> Result<Lease, Failure> {
@@ -261,6 +275,7 @@ impl<'a> Engine<'a> {
             created_ms: host::wall_ms(),
             granted_boot_ms: None,
             holder: holder.clone(),
+            reserved_for: None,
             slices,
         })
     }
@@ -308,7 +323,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Takes over the lease that a config is marked with: one that a living owner has just made and nobody has bound.
-    pub fn adopt(&self, token: &str, holder: &Holder) -> Result<bool, Failure> {
+    pub fn take_over(&self, token: &str, holder: &Holder) -> Result<bool, Failure> {
         let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
         let Some(mut lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(false) };
         let unbound = lease.state == State::Active && lease.holder.container.is_none();
@@ -359,7 +374,7 @@ impl<'a> Engine<'a> {
             let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
             self.store.begin_boot(&lock, &host::boot_id()?)?;
             let mut actions = self.reap(&lock)?;
-            self.publish_afresh(&lock);
+            actions.extend(self.look_afresh(&lock));
             drop(lock);
             let busy = actions.iter().any(|action| action.result == "busy");
             if !busy || Instant::now() + pause > deadline {
@@ -507,10 +522,17 @@ impl<'a> Engine<'a> {
         recovering: bool,
     ) -> Result<Option<Obstacle>, Failure> {
         let slice = lease.slices[at].clone();
-        if !slice.ours || matches!(slice.step, Step::Planned | Step::Gone) {
+        if matches!(slice.step, Step::Planned | Step::Gone) {
             return Ok(None);
         }
-        let Some(instance) = self.still_ours(&slice)? else { return Ok(None) };
+        if !slice.ours {
+            // It stays, and the next one must find nobody in it.
+            let who = lease.held_by();
+            return Ok(self
+                .held(lease)
+                .then(|| Obstacle::Busy(format!("a process of {who} still lives or has it open"))));
+        }
+        let Some(instance) = self.still_ours(lease, at)? else { return Ok(None) };
         if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
             && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
         {
@@ -533,21 +555,27 @@ impl<'a> Engine<'a> {
         if let Some(busy) = obstacle(self.gpu.destroy_instance(&slice.gpu, instance.id))? {
             return Ok(Some(busy));
         }
-        lease.slices[at].step = Step::Gone;
+        for other in lease.slices.iter_mut().filter(|other| other.shares(&slice)) {
+            other.step = Step::Gone;
+        }
         Ok(None)
     }
 
     /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
-    fn still_ours(&self, slice: &Slice) -> Result<Option<Instance>, Failure> {
+    fn still_ours(&self, lease: &Lease, at: usize) -> Result<Option<Instance>, Failure> {
+        let slice = &lease.slices[at];
         let same = |i: &Instance| {
             i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id)
         };
         let Some(instance) = self.gpu.instances(&slice.gpu)?.into_iter().find(same) else { return Ok(None) };
+        let here = || lease.slices.iter().filter(|other| other.shares(slice));
+        let known = |c: &ComputeInstance| here().any(|s| s.uuid.as_ref() == Some(&c.uuid));
+        let unknown = instance.compute.iter().filter(|c| !known(c)).count();
         let strangers = match slice.step {
             // We had not come to the compute instance, or had destroyed it: one that is there is a rival's.
             Step::CreatingInstance | Step::DestroyingInstance => !instance.compute.is_empty(),
-            Step::CreatingCompute => instance.compute.len() > 1,
-            _ => instance.compute.iter().any(|c| Some(&c.uuid) != slice.uuid.as_ref()),
+            // One compute instance may have been made and not been recorded.
+            _ => unknown > usize::from(here().any(|s| s.step == Step::CreatingCompute)),
         };
         if strangers {
             tracing::warn!(gpu = %slice.gpu, placement = %slice.placement, "the GPU instance here is another's now; it stays");

@@ -39,6 +39,9 @@ pub struct Lease {
     pub granted_boot_ms: Option<u64>,
     /// Who has it.
     pub holder: Holder,
+    /// Of a Static one: the only user whose containers get it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserved_for: Option<u32>,
     /// What it has, in the order asked.
     pub slices: Vec<Slice>,
 }
@@ -51,6 +54,9 @@ pub enum State {
     Pending,
     /// Every slice is whole.
     Active,
+    /// Kept for whoever asks: cut by migctl, or given to it. A container that gets it has a lease of its own, and leaves it
+    /// as it was. Only migctl ends it.
+    Static,
     /// On its way out: to be destroyed as soon as the driver lets us.
     Releasing,
     /// Neither usable nor surely ours to destroy; nothing is placed there until it is resolved.
@@ -69,6 +75,10 @@ pub enum Way {
     Classic,
     /// A createRuntime hook of our CDI spec: the slice was named by `--device`. Bound from the start.
     Cdi,
+    /// `migctl` cut it, for nobody yet.
+    Create,
+    /// `migctl adopt` was given it: it was there before us.
+    Adopt,
 }
 
 /// The container, as far as it is known yet.
@@ -145,8 +155,11 @@ pub struct Slice {
     pub memory_mib: u64,
     /// Where it sits.
     pub placement: Placement,
-    /// False for a slice that was there before us: it is never destroyed by us.
+    /// False for a slice that this lease did not cut: its end destroys nothing.
     pub ours: bool,
+    /// Compute slices of its compute instance, where that has not all of the GPU instance (the 1 of `1c.3g.40gb`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compute_slices: Option<u32>,
     /// What was done last.
     pub step: Step,
     /// GPU-instance id.
@@ -195,6 +208,7 @@ impl Slice {
             memory_mib: profile.memory_mib,
             placement,
             ours: true,
+            compute_slices: None,
             step: Step::Planned,
             gi: None,
             ci: None,
@@ -204,11 +218,27 @@ impl Slice {
         }
     }
 
-    /// One that somebody else made. `None` for a profile that the GPU does not list.
+    /// One that is there. `None` for a profile that the GPU does not list.
     pub fn located(device: &Device, instance: &Instance, compute: &ComputeInstance) -> Option<Slice> {
-        let planned = Slice::planned(device, device.profile(instance.profile)?, instance.placement);
+        let profile = device.profile(instance.profile)?;
+        let planned = Slice::planned(device, profile, instance.placement);
         let (gi, ci, uuid) = (Some(instance.id), Some(compute.id), Some(compute.uuid.clone()));
-        Some(Slice { ours: false, step: Step::Whole, gi, ci, uuid, ..planned })
+        let slice = Slice { ours: false, step: Step::Whole, gi, ci, uuid, ..planned };
+        Some(slice.with_compute((compute.slices < profile.slices).then_some(compute.slices)))
+    }
+
+    /// The same with a compute instance of only that many compute slices.
+    pub fn with_compute(self, slices: Option<u32>) -> Slice {
+        let profile_name = match slices {
+            Some(slices) => format!("{slices}c.{}", self.profile_name),
+            None => self.profile_name,
+        };
+        Slice { compute_slices: slices, profile_name, ..self }
+    }
+
+    /// Whether another slice lies in the same GPU instance.
+    pub fn shares(&self, other: &Slice) -> bool {
+        self.gpu == other.gpu && self.placement == other.placement && self.placement != Placement::UNKNOWN
     }
 
     /// Whether it lies where that instance of a GPU is.
@@ -241,6 +271,7 @@ impl Lease {
     pub fn held_by(&self) -> String {
         match (&self.holder.container, self.state) {
             (Some(id), _) => format!("container {}", short(id)),
+            (None, State::Static) => "nobody (kept)".into(),
             (None, State::Pending | State::Active) => "a container being created".into(),
             (None, State::Releasing) => "a container that has ended".into(),
             (None, State::Quarantined) => "nobody (quarantined)".into(),
@@ -302,6 +333,7 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
         State::Releasing => return Verdict::Free("its holder has ended"),
         State::Quarantined if facts.held => return Verdict::Keep("quarantined, and still held by a process"),
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
+        State::Static => return Verdict::Keep("kept until migctl destroys it"),
         State::Active if facts.announced => return Verdict::Free("its container has ended"),
         State::Active => {}
     }
@@ -340,6 +372,7 @@ pub(crate) mod tests {
             created_ms,
             granted_boot_ms: None,
             holder,
+            reserved_for: None,
             slices: vec![],
         }
     }
@@ -357,6 +390,7 @@ pub(crate) mod tests {
             memory_mib: 0,
             placement,
             ours: true,
+            compute_slices: None,
             step: Step::Whole,
             gi,
             ci: None,
@@ -388,6 +422,7 @@ pub(crate) mod tests {
             // state, way, announced, owner, init, held, bundle, age → K(eep), F(ree), O(rphan)
             (State::Pending, Way::Precreate, false, true, Unknown, false, true, 0, 'F'),
             (State::Releasing, Way::Precreate, false, true, Alive, true, true, 0, 'F'),
+            (State::Static, Way::Create, true, false, Unknown, true, true, 999_999, 'K'),
             (State::Quarantined, Way::Shim, true, false, Dead, true, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Dead, false, true, 0, 'F'),
             (State::Active, Way::Precreate, true, true, Alive, true, true, 0, 'F'),

@@ -8,7 +8,7 @@
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
-//! pure       request  profile  placement  lease  edits  cdi                 no file, no process, no clock
+//! pure       request  cut  profile  placement  lease  inventory  edits  cdi no file, no process, no clock
 //! edges      gpu  store  host  bundle  runtime  config  container  cdi_file one machine each; never import the engine or each other
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
 //! ```
@@ -37,6 +37,8 @@ pub mod config;
 #[cfg(feature = "engine")]
 pub mod container;
 #[cfg(feature = "engine")]
+pub mod cut;
+#[cfg(feature = "engine")]
 pub mod edits;
 #[cfg(feature = "engine")]
 pub mod engine;
@@ -46,6 +48,8 @@ pub mod gpu;
 pub mod hook;
 #[cfg(feature = "engine")]
 pub mod host;
+#[cfg(feature = "engine")]
+pub mod inventory;
 #[cfg(feature = "engine")]
 pub mod lease;
 #[cfg(feature = "engine")]

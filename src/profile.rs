@@ -3,7 +3,7 @@
 //! Names are only checked for their form here. What exists is decided by what the driver reports for each GPU: the same
 //! board has other names under other driver branches, so there is no built-in table.
 
-use crate::gpu::{Device, MigMode, Profile};
+use crate::gpu::{ComputeInstance, Device, MigMode, Profile};
 
 /// Why a text is no profile name for a container.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,13 +37,30 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
         return Ok(());
     }
     let lower = name.to_ascii_lowercase();
-    if let Some((compute, whole)) = lower.split_once('.')
-        && number_before(compute, "c", 3).is_some_and(str::is_empty)
-        && is_gpu_instance(whole)
-    {
+    if let Some((_, whole)) = split_compute(&lower) {
         return Err(NameError::ComputeInstance { whole: whole.to_owned() });
     }
     if is_gpu_instance(&lower) { Err(NameError::Case { lower }) } else { Err(NameError::Form) }
+}
+
+/// The compute slices and the GPU-instance profile of a compute-instance name: 1 and `3g.40gb` of `1c.3g.40gb`.
+pub fn split_compute(name: &str) -> Option<(u32, &str)> {
+    let (compute, whole) = name.split_once('.')?;
+    let slices = compute.strip_suffix('c').filter(|_| number_before(compute, "c", 3) == Some(""))?;
+    if is_gpu_instance(whole) { Some((slices.parse().ok()?, whole)) } else { None }
+}
+
+/// Compute slices of a GPU-instance profile by its name: 3 of `3g.40gb`. 0 for what is no such name.
+pub fn compute_slices(name: &str) -> u32 {
+    name.split_once('g').and_then(|(slices, _)| slices.parse().ok()).unwrap_or(0)
+}
+
+/// The name of a MIG device: its profile's, with the compute slices in front where it has not all of them (`1c.3g.40gb`).
+pub fn device_name(profile: &Profile, compute: &ComputeInstance) -> String {
+    match compute.slices == profile.slices {
+        true => profile.name.clone(),
+        false => format!("{}c.{}", compute.slices, profile.name),
+    }
 }
 
 /// True for a profile with an attribute (`+me`, `+me.all`, `+gfx`, `-me`): it is handed out only when asked for by
@@ -257,6 +274,19 @@ mod tests {
         }
         assert_eq!(check_name("1G.10GB+ME"), Err(NameError::Case { lower: "1g.10gb+me".to_owned() }));
         assert_eq!(check_name("1c.3g.40gb"), Err(NameError::ComputeInstance { whole: "3g.40gb".to_owned() }));
+    }
+
+    #[test]
+    fn a_compute_instance_is_named_after_its_gpu_instance() {
+        assert_eq!(split_compute("1c.3g.40gb+me"), Some((1, "3g.40gb+me")));
+        for name in ["3g.40gb", "c.3g.40gb", "0c.3g.40gb", "1c3g.40gb", "1c.1c.3g.40gb", ""] {
+            assert_eq!(split_compute(name), None, "{name}");
+        }
+        assert_eq!([compute_slices("3g.40gb"), compute_slices("7g.141gb"), compute_slices("x")], [3, 7, 0]);
+        let device = a100_40(0);
+        let compute = |slices| ComputeInstance { id: 0, slices, sms: 14, uuid: String::new() };
+        assert_eq!(device_name(&device.profiles[4], &compute(3)), "3g.20gb");
+        assert_eq!(device_name(&device.profiles[4], &compute(1)), "1c.3g.20gb");
     }
 
     #[test]

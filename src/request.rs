@@ -250,6 +250,50 @@ pub fn from_env<'a>(vars: impl Iterator<Item = &'a str>) -> Result<Option<Reques
     asked.request()
 }
 
+/// A request as a person types it: profiles, amounts of memory or UUIDs, told apart by their look, and a GPU.
+pub fn typed(text: &str, gpu: Option<&str>) -> Result<Request, RequestError> {
+    let mut asked = Asked::default();
+    let key = match text.trim() {
+        text if text.starts_with("MIG-") => Key::Uuid,
+        text if is_amount(text) => Key::Memory,
+        _ => Key::Profile,
+    };
+    asked.put(key, TYPED, text)?;
+    if let Some(gpu) = gpu {
+        asked.put(Key::Gpu, "--gpu", gpu)?;
+    }
+    let empty = || RequestError::Value { key: TYPED.into(), problem: "it asks for nothing".into() };
+    asked.request()?.ok_or_else(empty)
+}
+
+/// The profiles and amounts of memory of a list that is to be cut, compute instances (`1c.3g.40gb`) among them.
+pub(crate) fn list_of_cuts(text: &str) -> Result<Vec<Want>, RequestError> {
+    let entry = Entry { key: TYPED, value: text };
+    check_characters(&entry)?;
+    if text.contains('|') {
+        return Err(entry.error("what is to be cut has no alternatives; name the one that is wanted".into()));
+    }
+    parse_list(&entry, text, |item| {
+        if item.starts_with("MIG-") {
+            return Err("it names an existing slice; a profile or an amount of memory can be cut".into());
+        }
+        if let Some((compute, whole)) = profile::split_compute(item) {
+            let room = profile::compute_slices(whole);
+            let too_large = || format!("{whole} has {room} compute slices, not {compute}");
+            return if compute <= room { Ok(Want::Profile(item.to_owned())) } else { Err(too_large()) };
+        }
+        if is_amount(item) { parse_memory(item) } else { parse_profile(item) }
+    })
+}
+
+/// Whether it looks like an amount of memory rather than a profile, however either is misspelled.
+fn is_amount(text: &str) -> bool {
+    text.contains(['B', 'i']) && !text.to_ascii_lowercase().contains("g.")
+}
+
+/// What a person types, in messages.
+const TYPED: &str = "REQUEST";
+
 /// The keys of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Key {
@@ -552,6 +596,22 @@ mod tests {
         assert_eq!(request.alternatives, [vec![memory(8 << 30); 2], vec![memory(10_000_000_000)]]);
         assert_eq!(request.gpu, Some(GpuSelector::Index(3)));
         assert_eq!(request.to_string(), "mig.memory=2x8GiB|10GB mig.gpu=3");
+    }
+
+    #[test]
+    fn what_is_typed_is_told_apart_by_its_look() {
+        let shown = |text: &str| typed(text, None).unwrap().to_string();
+        assert_eq!(shown("2x1g.10gb|2g.20gb"), "mig.profile=2x1g.10gb|2g.20gb");
+        assert_eq!(shown("8GiB"), "mig.memory=8GiB");
+        assert_eq!(shown(&format!("MIG-{UUID}")), format!("mig.uuid=MIG-{UUID}"));
+        assert_eq!(typed("1g.10gb", Some("1")).unwrap().gpu, Some(GpuSelector::Index(1)));
+        assert_eq!(
+            typed("", None).unwrap_err().to_string(),
+            "REQUEST: the value is empty; leave the key out to ask for nothing"
+        );
+        let twice = typed(&format!("MIG-{UUID}"), Some("0")).unwrap_err().to_string();
+        assert!(twice.starts_with("REQUEST and --gpu contradict each other"), "{twice}");
+        assert!(typed("1c.3g.40gb", None).unwrap_err().to_string().contains("written as 3g.40gb"));
     }
 
     #[test]

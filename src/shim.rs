@@ -106,7 +106,7 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     let engine = Engine::open(settings, nvml)?;
     let believable = |token: &&str| first::plain_name(token) && edits::carries_lease(&value, token);
     if let Some(token) = edits::marked(&value).filter(believable)
-        && engine.adopt(token, &holder)?
+        && engine.take_over(token, &holder)?
     {
         return Ok(None); // podman's hook was here before us and releases by the same token
     }

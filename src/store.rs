@@ -219,6 +219,24 @@ impl Store {
         crate::first::plain_name(&token).then_some(token)
     }
 
+    /// What `put_cordons` wrote; the default where nothing is.
+    pub fn cordons<T: DeserializeOwned + Default>(&self) -> Result<T, StoreError> {
+        let path = self.dir.join("cordons.json");
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|e| StoreError::Unreadable { path: path.display().to_string(), reason: e.to_string() }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+            Err(e) => Err(io_error("read", &path)(e)),
+        }
+    }
+
+    /// Records which GPUs are closed to new holders.
+    pub fn put_cordons<T: Serialize>(&self, lock: &Lock, cordons: &T) -> Result<(), StoreError> {
+        let path = self.dir.join("cordons.json");
+        let text = serde_json::to_vec(cordons).map_err(|e| io_error("write", &path)(e.into()))?;
+        self.write(lock, &path, &text)
+    }
+
     fn intent(&self, token: &str, state: &str) -> PathBuf {
         self.dir.join("intents").join(format!("{token}.{state}"))
     }

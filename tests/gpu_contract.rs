@@ -139,7 +139,7 @@ fn every_offered_placement_takes_a_slice_and_gives_it_back() {
                 assert_eq!((made.profile, made.placement, made.compute.len()), (profile.id, *at, 0));
                 assert_eq!(gpu.instances(uuid).unwrap(), slice::from_ref(&made), "a half-made slice must be seen");
 
-                let compute = gpu.create_compute(uuid, made.id).unwrap();
+                let compute = gpu.create_compute(uuid, made.id, None).unwrap();
                 assert!(compute.uuid.starts_with("MIG-"), "{compute:?}");
                 let whole = Instance { compute: vec![compute.clone()], ..made };
                 assert_eq!(gpu.instances(uuid).unwrap(), slice::from_ref(&whole));
@@ -161,7 +161,7 @@ fn a_full_gpu_lists_every_instance_in_id_order() {
     let device = only(&gpu);
     for start in (0..7).rev() {
         let made = cut(&gpu, &device, "1g.10gb", start).unwrap();
-        gpu.create_compute(&device.uuid, made.id).unwrap();
+        gpu.create_compute(&device.uuid, made.id, None).unwrap();
     }
 
     let instances = gpu.instances(&device.uuid).unwrap();
@@ -188,8 +188,8 @@ fn taken_room_is_no_room() {
     let second = cut(&gpu, &device, "1g.10gb+me", 1).unwrap_err();
     assert!(matches!(second, GpuError::NoRoom { .. }), "only one +me may exist: {second}");
 
-    gpu.create_compute(&device.uuid, made.id).unwrap();
-    let second = gpu.create_compute(&device.uuid, made.id).unwrap_err();
+    gpu.create_compute(&device.uuid, made.id, None).unwrap();
+    let second = gpu.create_compute(&device.uuid, made.id, None).unwrap_err();
     assert!(matches!(second, GpuError::NoRoom { .. }), "the first one fills the instance: {second}");
 }
 
@@ -199,7 +199,7 @@ fn an_instance_is_in_use_while_it_has_a_compute_instance() {
     let gpu = machine.gpu();
     let device = only(&gpu);
     let made = cut(&gpu, &device, "3g.40gb", 4).unwrap();
-    let compute = gpu.create_compute(&device.uuid, made.id).unwrap();
+    let compute = gpu.create_compute(&device.uuid, made.id, None).unwrap();
 
     let refused = gpu.destroy_instance(&device.uuid, made.id).unwrap_err();
     assert!(matches!(refused, GpuError::InUse { call: "nvmlGpuInstanceDestroy" }), "{refused}");
@@ -214,7 +214,7 @@ fn what_is_gone_is_not_found() {
     let device = only(&gpu);
     let uuid = device.uuid.as_str();
     let made = cut(&gpu, &device, "1g.10gb", 0).unwrap();
-    let compute = gpu.create_compute(uuid, made.id).unwrap();
+    let compute = gpu.create_compute(uuid, made.id, None).unwrap();
     gpu.destroy_compute(uuid, made.id, compute.id).unwrap();
 
     let not_found = |error| matches!(error, GpuError::NotFound { .. });
@@ -222,7 +222,7 @@ fn what_is_gone_is_not_found() {
     gpu.destroy_instance(uuid, made.id).unwrap();
     assert!(not_found(gpu.destroy_instance(uuid, made.id).unwrap_err()));
     assert!(not_found(gpu.destroy_compute(uuid, made.id, compute.id).unwrap_err()));
-    assert!(not_found(gpu.create_compute(uuid, made.id).unwrap_err()));
+    assert!(not_found(gpu.create_compute(uuid, made.id, None).unwrap_err()));
     for gone in ["GPU-00000000-0000-0000-0000-000000000000", "GPU-\0"] {
         assert!(not_found(gpu.instances(gone).unwrap_err()), "{gone:?}");
     }
@@ -235,7 +235,7 @@ fn a_slice_made_again_has_its_uuid_again() {
         let gpu = machine.gpu();
         let device = only(&gpu);
         let made = cut(&gpu, &device, "1g.10gb", start).unwrap();
-        let compute = gpu.create_compute(&device.uuid, made.id).unwrap();
+        let compute = gpu.create_compute(&device.uuid, made.id, None).unwrap();
         gpu.destroy_compute(&device.uuid, made.id, compute.id).unwrap();
         gpu.destroy_instance(&device.uuid, made.id).unwrap();
         (made.id, compute.uuid)
@@ -263,7 +263,7 @@ fn the_whole_of_a_hopper_double_memory_slice_is_compute_profile_7() {
     let gpu = machine.gpu();
     let device = only(&gpu);
     let made = cut(&gpu, &device, "1g.20gb", 2).unwrap();
-    gpu.create_compute(&device.uuid, made.id).unwrap();
+    gpu.create_compute(&device.uuid, made.id, None).unwrap();
     let shown: serde_json::Value = serde_json::from_str(&machine.sim(&["show", "--json"])).unwrap();
     assert_eq!(shown["gpus"][0]["gpu_instances"][0]["compute_instances"][0]["profile_id"], 7);
 }
@@ -318,7 +318,7 @@ fn a_busy_instance_is_in_use_and_its_listed_processes_are_told() {
     let device = only(&gpu);
     let uuid = device.uuid.as_str();
     let made = cut(&gpu, &device, "1g.10gb", 0).unwrap();
-    let compute = gpu.create_compute(uuid, made.id).unwrap();
+    let compute = gpu.create_compute(uuid, made.id, None).unwrap();
     assert_eq!(gpu.processes(uuid).unwrap(), []);
 
     let gi = made.id.to_string();
@@ -368,7 +368,7 @@ fn what_cannot_be_described_is_not_left_behind() {
 
     let made = cut(&gpu, &device, "1g.10gb", 0).unwrap();
     machine.sim(&["fault", "--call", "nvmlComputeInstanceGetInfo_v2", "--fail", "UNKNOWN"]);
-    gpu.create_compute(&device.uuid, made.id).unwrap_err();
+    gpu.create_compute(&device.uuid, made.id, None).unwrap_err();
     assert_eq!(gpu.instances(&device.uuid).unwrap(), [made]);
 }
 

@@ -31,11 +31,10 @@ fn text(body: &Leases) -> String {
     }
     let titles = ["TOKEN", "STATE", "CONTAINER", "SLICES", "GPU", "SINCE"].map(str::to_owned).to_vec();
     let row = |lease: &Lease| {
-        let state = serde_json::to_value(lease.state).ok().and_then(|s| s.as_str().map(str::to_owned));
         let gpus: Vec<String> = lease.slices.iter().map(|s| s.gpu_index.to_string()).collect();
         vec![
             lease.token.clone(),
-            state.unwrap_or_default(),
+            super::word(lease.state),
             lease.holder.container.as_deref().map_or("-", short).to_owned(),
             lease.profiles(),
             gpus.join(","),

@@ -6,9 +6,11 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
-use crate::gpu::{Device, Gpu, Instance, MigMode};
+use crate::gpu::{Gpu, MigMode};
 use crate::host;
-use crate::lease::{Lease, State, short};
+use crate::inventory::{self, Occupied, Standing, inventory};
+use crate::lease::short;
+use crate::profile;
 use crate::report::Exit;
 use crate::store::Store;
 
@@ -42,8 +44,7 @@ struct SliceRow {
     memory_mib: u64,
     sms: u32,
     uuid: Option<String>,
-    /// `held`, `releasing`, `quarantined`, or `foreign`: not created by mig-hook.
-    state: &'static str,
+    state: Standing,
     token: Option<String>,
     container: Option<String>,
     image: Option<String>,
@@ -58,13 +59,15 @@ pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
         None => vec![],
     };
     let nvml = Nvml::at(&settings.nvml);
-    let gpus = nvml.devices()?.iter().map(|device| gpu_row(device, &leases)).collect();
+    let devices = nvml.devices()?;
+    let gpus = inventory(&devices, &leases).iter().map(gpu_row).collect();
     let privileged = nix::unistd::geteuid().is_root();
     super::print(&Listing { driver_version: nvml.driver_version()?, privileged, gpus }, json, text)?;
     Ok(Exit::Ok)
 }
 
-fn gpu_row(device: &Device, leases: &[Lease]) -> GpuRow {
+fn gpu_row(gpu: &inventory::Gpu<'_>) -> GpuRow {
+    let device = gpu.device;
     GpuRow {
         index: device.index,
         minor: device.minor,
@@ -72,40 +75,35 @@ fn gpu_row(device: &Device, leases: &[Lease]) -> GpuRow {
         name: device.name.clone(),
         pci_bus_id: device.pci_bus_id.clone(),
         mig: device.mig,
-        slices: device.instances.iter().map(|instance| slice_row(device, instance, leases)).collect(),
+        slices: gpu.slices.iter().flat_map(slice_rows).collect(),
     }
 }
 
-fn slice_row(device: &Device, instance: &Instance, leases: &[Lease]) -> SliceRow {
-    let here = |lease: &&Lease| {
-        let mut slices = lease.slices.iter();
-        slices.any(|s| {
-            s.gpu == device.uuid && s.placement == instance.placement && s.gi.is_none_or(|gi| gi == instance.id)
-        })
+/// A row for each compute instance, or one without.
+fn slice_rows(slice: &Occupied<'_>) -> Vec<SliceRow> {
+    let (instance, lease) = (slice.instance, slice.lease);
+    let row = |compute: Option<&crate::gpu::ComputeInstance>| {
+        let name = slice.profile.map(|p| compute.map_or_else(|| p.name.clone(), |c| profile::device_name(p, c)));
+        SliceRow {
+            gi: instance.id,
+            ci: compute.map(|c| c.id),
+            profile: name.unwrap_or_else(|| format!("profile {}", instance.profile.0)),
+            start: instance.placement.start,
+            size: instance.placement.size,
+            memory_mib: slice.profile.map_or(0, |p| p.memory_mib),
+            sms: compute.map(|c| c.sms).or(slice.profile.map(|p| p.sms)).unwrap_or(0),
+            uuid: compute.map(|c| c.uuid.clone()),
+            state: slice.standing(),
+            token: lease.or(slice.kept).map(|l| l.token.clone()),
+            container: lease.and_then(|l| l.holder.container.clone()),
+            image: lease.and_then(|l| l.holder.image.clone()),
+            uid: lease.and_then(|l| l.holder.uid),
+            held_ms: lease.map(|l| host::boot_ms().saturating_sub(l.created_boot_ms)),
+        }
     };
-    let lease = leases.iter().find(here);
-    let profile = device.profile(instance.profile);
-    let compute = instance.compute.first();
-    SliceRow {
-        gi: instance.id,
-        ci: compute.map(|c| c.id),
-        profile: profile.map_or_else(|| format!("profile {}", instance.profile.0), |p| p.name.clone()),
-        start: instance.placement.start,
-        size: instance.placement.size,
-        memory_mib: profile.map_or(0, |p| p.memory_mib),
-        sms: profile.map_or(0, |p| p.sms),
-        uuid: compute.map(|c| c.uuid.clone()),
-        state: match lease.map(|l| l.state) {
-            None => "foreign",
-            Some(State::Pending | State::Active) => "held",
-            Some(State::Releasing) => "releasing",
-            Some(State::Quarantined) => "quarantined",
-        },
-        token: lease.map(|l| l.token.clone()),
-        container: lease.and_then(|l| l.holder.container.clone()),
-        image: lease.and_then(|l| l.holder.image.clone()),
-        uid: lease.and_then(|l| l.holder.uid),
-        held_ms: lease.map(|l| host::boot_ms().saturating_sub(l.created_boot_ms)),
+    match instance.compute.as_slice() {
+        [] => vec![row(None)],
+        several => several.iter().map(|compute| row(Some(compute))).collect(),
     }
 }
 
@@ -134,10 +132,10 @@ fn text(listing: &Listing) -> String {
 
 fn columns(slice: &SliceRow) -> Vec<String> {
     let holder = match (&slice.container, slice.state) {
-        (Some(id), "held") => format!("container {}", short(id)),
-        (None, "held") => "a container being created".into(),
-        (Some(id), state) => format!("{state}, was container {}", short(id)),
-        (None, state) => state.into(),
+        (Some(id), Standing::Held) => format!("container {}", short(id)),
+        (None, Standing::Held) => "a container being created".into(),
+        (Some(id), state) => format!("{}, was container {}", super::word(state), short(id)),
+        (None, state) => super::word(state),
     };
     vec![
         format!("  {}", slice.profile),

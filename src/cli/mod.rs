@@ -107,6 +107,11 @@ fn print<T: Serialize>(body: &T, json: bool, text: impl Fn(&T) -> String) -> Res
     }
 }
 
+/// The word of a state, as the JSON documents spell it.
+fn word<T: Serialize>(state: T) -> String {
+    serde_json::to_value(state).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
 /// Rows in columns as wide as their widest cell, two spaces apart.
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -45,17 +45,6 @@ impl Engine<'_> {
         }
     }
 
-    /// The same where nobody has read the GPUs yet.
-    pub(super) fn publish_afresh(&self, lock: &Lock) {
-        if self.settings.cdi_spec.is_none() {
-            return;
-        }
-        match self.managed_devices().and_then(|devices| Ok((devices, self.leases()?))) {
-            Ok((devices, leases)) => self.publish(lock, &devices, &leases),
-            Err(failure) => tracing::warn!("the CDI spec is not up to date: {failure}"),
-        }
-    }
-
     fn spec_of_slices(&self, devices: &[Device], leases: &[Lease]) -> Result<Option<Spec>, Failure> {
         let slices = self.offered(devices, leases);
         if slices.is_empty() {
@@ -84,16 +73,14 @@ impl Engine<'_> {
     /// so a spec changes with the slices, not with every container, and a second container gets our reason, not the
     /// engine's "unresolvable".
     fn offered(&self, devices: &[Device], leases: &[Lease]) -> Vec<Slice> {
-        // Slices that an administrator gave us would be offered whatever this setting says.
-        if self.settings.foreign == Foreign::Refuse {
-            return Vec::new();
-        }
         let mut offered = Vec::new();
         for device in devices {
             for instance in &device.instances {
                 let [compute] = instance.compute.as_slice() else { continue };
-                let cut_by_us = |s: &Slice| s.ours && s.is_at(&device.uuid, instance);
-                if leases.iter().flat_map(|lease| &lease.slices).any(cut_by_us) {
+                let here = |lease: &&Lease| lease.slices.iter().any(|s| s.is_at(&device.uuid, instance));
+                let kept = leases.iter().filter(|lease| lease.state == State::Static).any(|lease| here(&lease));
+                let cut_for_one = leases.iter().filter(here).flat_map(|lease| &lease.slices).any(|s| s.ours);
+                if !kept && (cut_for_one || self.settings.foreign == Foreign::Refuse) {
                     continue;
                 }
                 let Some(mut slice) = Slice::located(device, instance, compute) else { continue };

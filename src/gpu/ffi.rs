@@ -16,7 +16,7 @@ use nvml_wrapper::bitmasks::InitFlags;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper_sys::bindings::*;
 
-use super::{GpuError, GpuProcess, Placement, ProfileId};
+use super::{Activation, GpuError, GpuProcess, Placement, ProfileId};
 
 const SUCCESS: u32 = nvmlReturn_enum_NVML_SUCCESS;
 pub(super) const INVALID_ARGUMENT: u32 = nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT;
@@ -28,6 +28,7 @@ const FUNCTION_NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_FUNCTION_NOT_FOUND;
 const GPU_IS_LOST: u32 = nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST;
 const IN_USE: u32 = nvmlReturn_enum_NVML_ERROR_IN_USE;
 const INSUFFICIENT_RESOURCES: u32 = nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_RESOURCES;
+const RESET_REQUIRED: u32 = nvmlReturn_enum_NVML_ERROR_RESET_REQUIRED;
 const VERSION_MISMATCH: u32 = nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
 
 /// Entries offered to calls that fill an array. Above any count that a driver reports (15 GPU-instance ids, 8
@@ -262,6 +263,22 @@ impl Library {
         }
         self.check(f.name, code)?;
         Ok(Some((current == NVML_DEVICE_MIG_ENABLE, pending == NVML_DEVICE_MIG_ENABLE)))
+    }
+
+    /// Asks for MIG mode on or off.
+    pub(super) fn set_mig_mode(&self, device: &DeviceHandle<'_>, on: bool) -> Result<Activation, GpuError> {
+        let f = function!(self, nvmlDeviceSetMigMode);
+        let mode = if on { NVML_DEVICE_MIG_ENABLE } else { NVML_DEVICE_MIG_DISABLE };
+        let mut activation = SUCCESS;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(device.0, mode, &mut activation) };
+        self.check(f.name, code)?;
+        Ok(match activation {
+            SUCCESS => Activation::Done,
+            RESET_REQUIRED => Activation::ResetRequired,
+            IN_USE => Activation::InUse,
+            other => Activation::Other(format!("{} (NVML error {other})", self.error_text(other))),
+        })
     }
 
     /// The GPU-instance profile at that enum index (not the driver's id); `None` where this GPU does not offer it.

@@ -63,6 +63,10 @@ pub struct Profile {
 pub struct ComputeInstance {
     /// Compute-instance id, unique in its GPU instance, reused.
     pub id: u32,
+    /// Compute slices: fewer than its profile's where it shares the GPU instance (the `1c` of `1c.3g.40gb`).
+    pub slices: u32,
+    /// Streaming multiprocessors.
+    pub sms: u32,
     /// `MIG-…`. Deterministic: a slice made again at the same place has the same UUID again.
     pub uuid: String,
 }
@@ -115,6 +119,27 @@ pub struct Device {
     pub profiles: Vec<Profile>,
     /// GPU instances that exist, in id order; empty unless MIG is on.
     pub instances: Vec<Instance>,
+}
+
+impl Instance {
+    /// Whether it is one slice: a single compute instance that has all of it. Only such a one is given to containers.
+    pub fn is_whole(&self, profile: &Profile) -> bool {
+        matches!(self.compute.as_slice(), [compute] if compute.slices == profile.slices)
+    }
+}
+
+/// What became of a change of the MIG mode that the driver accepted (`activationStatus` of nvmlDeviceSetMigMode). Success
+/// says little: the mode is what [`Gpu::devices`] reads afterwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Activation {
+    /// It is in effect.
+    Done,
+    /// It waits for a reset of the GPU (Ampere).
+    ResetRequired,
+    /// Clients are in the way: a running CUDA program, a monitoring agent, an instance that exists.
+    InUse,
+    /// Anything else, in NVML's words.
+    Other(String),
 }
 
 impl Device {
@@ -218,12 +243,14 @@ pub trait Gpu: std::fmt::Debug {
     fn instance_of(&self, slice: &str) -> Result<Option<(String, Instance)>, GpuError>;
     /// Creates a GPU instance at exactly that placement. The answer has no compute instance yet.
     fn create_instance(&self, gpu: &str, profile: ProfileId, at: Placement) -> Result<Instance, GpuError>;
-    /// Creates the full-size compute instance in a GPU instance.
-    fn create_compute(&self, gpu: &str, instance: u32) -> Result<ComputeInstance, GpuError>;
+    /// Creates a compute instance of that many compute slices in a GPU instance; `None`: the one that has all of it.
+    fn create_compute(&self, gpu: &str, instance: u32, slices: Option<u32>) -> Result<ComputeInstance, GpuError>;
     /// Destroys a compute instance.
     fn destroy_compute(&self, gpu: &str, instance: u32, compute: u32) -> Result<(), GpuError>;
     /// Destroys a GPU instance that has no compute instance left.
     fn destroy_instance(&self, gpu: &str, instance: u32) -> Result<(), GpuError>;
     /// Processes on a GPU. An empty list does not prove that an instance can be destroyed.
     fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError>;
+    /// Asks for MIG mode on or off. Needs root, and no client on the GPU.
+    fn set_mig_mode(&self, gpu: &str, on: bool) -> Result<Activation, GpuError>;
 }

@@ -8,7 +8,9 @@ use std::rc::Rc;
 
 use super::ffi::{self, ComputeProfile, DeviceHandle, GpuInstance, GpuInstanceProfile, Library};
 use super::ffi::{INVALID_ARGUMENT, NOT_SUPPORTED};
-use super::{ComputeInstance, Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId};
+use super::{
+    Activation, ComputeInstance, Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId,
+};
 
 /// Enum indices probed for GPU-instance profiles: past the 17 of NVML 13.0, so that a newer driver's are found.
 const GPU_INSTANCE_PROFILES: u32 = 32;
@@ -154,7 +156,12 @@ impl Gpu for Nvml {
         let offer = self.offer(library, &parent, &gpu)?;
         let named = |profile: &&Profile| name.ends_with(&format!(" MIG {}", profile.name));
         let Some(profile) = offer.profiles.iter().find(named) else { return Ok(None) };
-        let compute = ComputeInstance { id: library.compute_instance_id(&device)?, uuid: library.uuid(&device)? };
+        let compute = ComputeInstance {
+            id: library.compute_instance_id(&device)?,
+            slices: profile.slices,
+            sms: profile.sms,
+            uuid: library.uuid(&device)?,
+        };
         let id = library.gpu_instance_id(&device)?;
         Ok(Some((gpu, Instance { id, profile: profile.id, placement: Placement::UNKNOWN, compute: vec![compute] })))
     }
@@ -172,25 +179,29 @@ impl Gpu for Nvml {
         }
     }
 
-    fn create_compute(&self, gpu: &str, instance: u32) -> Result<ComputeInstance, GpuError> {
+    fn create_compute(&self, gpu: &str, instance: u32, slices: Option<u32>) -> Result<ComputeInstance, GpuError> {
         let library = self.library()?;
         let device = library.device_by_uuid(gpu)?;
         let instance = library.gpu_instance_by_id(&device, instance)?;
         let made_with = library.gpu_instance_info(&instance)?.profile;
         let offer = self.offer(library, &device, gpu)?;
-        let slices = offer.profiles.iter().find(|p| p.id == made_with).map(|p| p.slices);
+        let all = offer.profiles.iter().find(|p| p.id == made_with).map(|p| p.slices);
         let offered = offer.compute_profiles(library, &instance, made_with)?;
         // The id is not the slice count: a 1g.20gb of an H100 needs id 7, which has all 26 multiprocessors, not id 0.
-        let whole = offered.iter().filter(|p| Some(p.slices) == slices).max_by_key(|p| (p.sms, Reverse(p.id)));
-        let Some(whole) = whole else {
+        let fitting = offered.iter().filter(|p| Some(p.slices) == slices.or(all));
+        let Some(profile) = fitting.max_by_key(|p| (p.sms, Reverse(p.id))) else {
+            let sizes: Vec<String> = offered.iter().map(|p| format!("{}c", p.slices)).collect();
             return Err(GpuError::Driver {
                 call: "nvmlGpuInstanceGetComputeInstanceProfileInfo",
                 code: NOT_SUPPORTED,
-                text: format!("no compute-instance profile fills a GPU instance of profile {}", made_with.0),
+                text: match slices {
+                    Some(slices) => format!("no compute instance of {slices}c; it offers {}", sizes.join(", ")),
+                    None => format!("no compute-instance profile fills a GPU instance of profile {}", made_with.0),
+                },
             });
         };
-        let compute = library.create_compute_instance(&instance, whole)?;
-        match read_compute(library, &compute) {
+        let compute = library.create_compute_instance(&instance, profile)?;
+        match read_compute(library, &compute, profile) {
             Ok(made) => Ok(made),
             Err(error) => {
                 undo(library.destroy_compute_instance(compute));
@@ -215,6 +226,11 @@ impl Gpu for Nvml {
     fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError> {
         let library = self.library()?;
         library.processes(&library.device_by_uuid(gpu)?)
+    }
+
+    fn set_mig_mode(&self, gpu: &str, on: bool) -> Result<Activation, GpuError> {
+        let library = self.library()?;
+        library.set_mig_mode(&library.device_by_uuid(gpu)?, on)
     }
 }
 
@@ -269,7 +285,7 @@ fn read_instances(library: &Library, device: &DeviceHandle<'_>, offer: &Offer) -
                 }
                 for compute in unless_gone(library.compute_instances(&handle, compute_profile))?.unwrap_or_default() {
                     slices = slices.saturating_sub(compute_profile.slices);
-                    instance.compute.extend(unless_gone(read_compute(library, &compute))?);
+                    instance.compute.extend(unless_gone(read_compute(library, &compute, compute_profile))?);
                 }
             }
             instance.compute.sort_by_key(|compute| compute.id);
@@ -280,9 +296,13 @@ fn read_instances(library: &Library, device: &DeviceHandle<'_>, offer: &Offer) -
     Ok(instances)
 }
 
-fn read_compute(library: &Library, compute: &ffi::ComputeInstance<'_>) -> Result<ComputeInstance, GpuError> {
+fn read_compute(
+    library: &Library,
+    compute: &ffi::ComputeInstance<'_>,
+    profile: &ComputeProfile,
+) -> Result<ComputeInstance, GpuError> {
     let (id, device) = library.compute_instance_info(compute)?;
-    Ok(ComputeInstance { id, uuid: library.uuid(&device)? })
+    Ok(ComputeInstance { id, slices: profile.slices, sms: profile.sms, uuid: library.uuid(&device)? })
 }
 
 fn bare(info: ffi::GpuInstanceInfo) -> Instance {
