@@ -10,6 +10,10 @@ DATADIR := $(PREFIX)/share
 MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
 CRIODIR := $(DATADIR)/mig-hook/hooks.d/crio
+SCHEMADIR := $(DATADIR)/mig-hook/schema
+BASHDIR := $(DATADIR)/bash-completion/completions
+ZSHDIR := $(DATADIR)/zsh/site-functions
+FISHDIR := $(DATADIR)/fish/vendor_completions.d
 
 CARGO ?= cargo
 RUSTC ?= rustc
@@ -66,6 +70,11 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	    target=$(DESTDIR)$$dir/$$(basename "$$hook" .in); \
 	    sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' "$$hook" >"$$target" && chmod 644 "$$target" || exit 1; \
 	done
+	install -D -m 644 -t $(DESTDIR)$(SCHEMADIR) docs/schema/*
+	install -d -m 755 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
+	$(DIST)/migctl completions bash >$(DESTDIR)$(BASHDIR)/migctl && chmod 644 $(DESTDIR)$(BASHDIR)/migctl
+	$(DIST)/migctl completions zsh >$(DESTDIR)$(ZSHDIR)/_migctl && chmod 644 $(DESTDIR)$(ZSHDIR)/_migctl
+	$(DIST)/migctl completions fish >$(DESTDIR)$(FISHDIR)/migctl.fish && chmod 644 $(DESTDIR)$(FISHDIR)/migctl.fish
 
 uninstall: ## take that away again; settings and state stay
 	rm -f $(DESTDIR)$(BINDIR)/migctl $(DESTDIR)$(BINDIR)/mig-runtime
@@ -74,8 +83,10 @@ uninstall: ## take that away again; settings and state stay
 	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(wildcard docs/man/*.8)))
 	rm -f $(addprefix $(DESTDIR)$(HOOKSDIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/*.json.in))))
 	rm -f $(addprefix $(DESTDIR)$(CRIODIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/crio/*.json.in))))
+	rm -f $(addprefix $(DESTDIR)$(SCHEMADIR)/,$(notdir $(wildcard docs/schema/*)))
+	rm -f $(DESTDIR)$(BASHDIR)/migctl $(DESTDIR)$(ZSHDIR)/_migctl $(DESTDIR)$(FISHDIR)/migctl.fish
 	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
-	    $(DESTDIR)$(DATADIR)/mig-hook
+	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(DATADIR)/mig-hook
 
 clean: ## remove what was built
 	$(CARGO) clean

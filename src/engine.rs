@@ -93,6 +93,7 @@ pub struct Binding {
 
 /// What became of a release.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", tag = "outcome")]
 pub enum Released {
     /// No such lease: somebody else has released it, or it never was.
@@ -110,6 +111,7 @@ pub enum Released {
 
 /// What reconcile did with one lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Action {
     /// The lease.
     pub token: String,

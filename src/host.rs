@@ -33,6 +33,7 @@ pub struct Majors {
 
 /// A process, named so that a reused pid is not mistaken for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ProcessId {
     /// Host pid.
     pub pid: u32,

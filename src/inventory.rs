@@ -29,6 +29,7 @@ pub struct Occupied<'a> {
 
 /// How a GPU instance stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// A holder has it, or is being given it.

@@ -19,9 +19,10 @@ pub const ORPHAN_WAIT_MS: u64 = 60_000;
 
 /// One lease.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Lease {
-    /// [`VERSION`].
+    /// Of the record: [`VERSION`].
     pub version: u64,
     /// Its name: 128 random bits as hex.
     pub token: String,
@@ -48,6 +49,7 @@ pub struct Lease {
 
 /// States of a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Written before the GPU is touched. Under the lock, one that is seen is a dead process's.
@@ -65,6 +67,7 @@ pub enum State {
 
 /// Which way in made the lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
     /// podman's precreate: the owner is podman, a createRuntime hook binds the container.
@@ -83,6 +86,7 @@ pub enum Way {
 
 /// The container, as far as it is known yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Holder {
     /// How it came.
@@ -119,6 +123,7 @@ pub struct Holder {
 
 /// What was done to the GPU last: written immediately before each driver call, so that recovery knows what may exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
     /// Nothing yet.
@@ -139,6 +144,7 @@ pub enum Step {
 
 /// One slice of a lease. Identity is lease, GPU instance, placement and UUID together: ids and UUIDs come again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Slice {
     /// `GPU-…` of the parent.

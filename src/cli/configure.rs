@@ -47,6 +47,7 @@ pub(super) struct Args {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 enum Engine {
     /// A runtime in /etc/docker/daemon.json
@@ -96,11 +97,15 @@ struct Host<'a> {
 
 /// The document of `migctl configure`.
 #[derive(Debug, Serialize)]
-struct Report {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Report {
     engine: Engine,
+    /// Of the runtime or handler.
     name: String,
+    /// The file that is edited.
     file: PathBuf,
     outcome: Outcome,
+    /// Nothing was written.
     dry_run: bool,
     /// Unified; empty where nothing changes.
     diff: String,
@@ -108,10 +113,12 @@ struct Report {
     backup: Option<PathBuf>,
     /// What makes the engine read it.
     next: Option<String>,
+    /// What an admin should know, in words.
     notes: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 enum Outcome {
     /// Our entry is in the file now.

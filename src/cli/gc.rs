@@ -11,7 +11,9 @@ use crate::report::Exit;
 
 /// The document of `migctl gc`.
 #[derive(Debug, Serialize)]
-struct Report {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Report {
+    /// One for each lease that there was.
     actions: Vec<Action>,
 }
 

@@ -12,7 +12,9 @@ use crate::store::Store;
 
 /// The document of `migctl leases`: the records as they are on disk.
 #[derive(Debug, Serialize)]
-struct Leases {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Leases {
+    /// One for each holder.
     leases: Vec<Lease>,
 }
 

@@ -16,39 +16,64 @@ use crate::store::Store;
 
 /// The document of `migctl list`.
 #[derive(Debug, Serialize)]
-struct Listing {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Listing {
+    /// Of the NVIDIA driver.
     driver_version: String,
     /// Whether we are root: to others the driver shows no slices.
     privileged: bool,
+    /// In the order of their PCI addresses.
     gpus: Vec<GpuRow>,
 }
 
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct GpuRow {
+    /// NVML index. Not the minor.
     index: u32,
+    /// Minor of `/dev/nvidiaN`.
     minor: u32,
+    /// `GPU-…`.
     uuid: String,
+    /// Product name.
     name: String,
+    /// As the driver writes it.
     pci_bus_id: String,
     mig: MigMode,
+    /// By GPU-instance id. Empty where MIG is off, and for those who are not root.
     slices: Vec<SliceRow>,
 }
 
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct SliceRow {
+    /// GPU-instance id.
     gi: u32,
+    /// Compute-instance id; null while the GPU instance has none.
     ci: Option<u32>,
+    /// `1g.10gb`, or `profile N` where the GPU no longer offers it.
     profile: String,
+    /// First memory slice.
     start: u32,
+    /// Memory slices.
     size: u32,
+    /// Of the profile.
     memory_mib: u64,
+    /// Multiprocessors of the profile.
     sms: u32,
+    /// `MIG-…` of the compute instance.
     uuid: Option<String>,
+    /// Who has it.
     state: Standing,
+    /// The lease that it belongs to.
     token: Option<String>,
+    /// Id of the container that holds it, where known.
     container: Option<String>,
+    /// Its image, where the engine tells it.
     image: Option<String>,
+    /// Login uid of who started it.
     uid: Option<u32>,
+    /// Since the lease was made.
     held_ms: Option<u64>,
 }
 

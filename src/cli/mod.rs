@@ -12,6 +12,7 @@ use crate::config::Settings;
 use crate::report::{self, Exit};
 
 mod cdi;
+mod completions;
 mod configure;
 mod gc;
 mod leases;
@@ -49,6 +50,8 @@ enum Verb {
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
     Configure(configure::Args),
+    /// Print the script that makes a shell complete migctl's command line
+    Completions(completions::Args),
 }
 
 /// Parses the command line, runs the verb, and turns the outcome into an exit code.
@@ -71,28 +74,36 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<Exit> {
-    let settings = Settings::load(args.config.as_deref())?;
-    report::start_logging(&settings, true);
+    let settings = || -> Result<Settings> {
+        let settings = Settings::load(args.config.as_deref())?;
+        report::start_logging(&settings, true);
+        Ok(settings)
+    };
     match &args.verb {
-        Verb::List => list::run(&settings, args.json),
-        Verb::Leases => leases::run(&settings, args.json),
-        Verb::Release(verb) => release::run(&settings, verb, args.json),
-        Verb::Gc => gc::run(&settings, args.json),
+        Verb::List => list::run(&settings()?, args.json),
+        Verb::Leases => leases::run(&settings()?, args.json),
+        Verb::Release(verb) => release::run(&settings()?, verb, args.json),
+        Verb::Gc => gc::run(&settings()?, args.json),
         // A CDI spec is JSON in any case.
-        Verb::Cdi(verb) => cdi::run(&settings, verb),
-        Verb::Configure(verb) => configure::run(&settings, verb, args.json),
+        Verb::Cdi(verb) => cdi::run(&settings()?, verb),
+        Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),
+        // Works whatever is in the settings.
+        Verb::Completions(verb) => completions::run(verb, args.json),
     }
 }
 
 /// A verb's document with its version.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Document<'a, T: Serialize> {
+    /// Another number says that something here has changed its meaning or has gone.
+    #[cfg_attr(test, schemars(extend("const" = JSON_VERSION)))]
     version: u32,
     #[serde(flatten)]
     body: &'a T,
 }
 
-/// Prints a document as JSON, or as the text that is a view of it. A closed pipe (`| head`) is no error.
+/// Prints a document as JSON, or as the text that is a view of it.
 fn print<T: Serialize>(body: &T, json: bool, text: impl Fn(&T) -> String) -> Result<()> {
     let mut shown = match json {
         true => serde_json::to_string_pretty(&Document { version: JSON_VERSION, body })?,
@@ -101,7 +112,12 @@ fn print<T: Serialize>(body: &T, json: bool, text: impl Fn(&T) -> String) -> Res
     if !shown.is_empty() && !shown.ends_with('\n') {
         shown.push('\n');
     }
-    match std::io::stdout().lock().write_all(shown.as_bytes()) {
+    write(shown.as_bytes())
+}
+
+/// Writes to standard output. A closed pipe (`| head`) is no error.
+fn write(bytes: &[u8]) -> Result<()> {
+    match std::io::stdout().lock().write_all(bytes) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
@@ -134,6 +150,9 @@ fn duration(ms: u64) -> String {
         (days, hours, _) => format!("{days}d{hours:02}h"),
     }
 }
+
+#[cfg(test)]
+mod schema;
 
 #[cfg(test)]
 mod tests {

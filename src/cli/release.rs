@@ -19,7 +19,9 @@ pub(super) struct Args {
 
 /// The document of `migctl release`.
 #[derive(Debug, Serialize)]
-struct Answer {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Answer {
+    /// The lease.
     token: String,
     #[serde(flatten)]
     released: Released,
@@ -63,7 +65,9 @@ fn text(answer: &Answer) -> String {
     match &answer.released {
         Released::Done | Released::Unknown => format!("lease {token} is released"),
         Released::Busy { reason } => {
-            format!("lease {token} is marked for release, but {reason}; run migctl gc when that has ended")
+            format!(
+                "lease {token} is marked for release and not free yet ({reason}); run migctl gc when that has ended"
+            )
         }
         Released::Announced => format!("lease {token} is marked for release, but the lock was not free; run migctl gc"),
     }

@@ -8,6 +8,7 @@ pub mod nvml;
 /// A window of memory slices on one GPU, in the driver's own units: eighths on most boards, quarters on an A30,
 /// twelfths on an RTX PRO 6000. Never derived from an instance id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Placement {
     /// First memory slice.
@@ -36,6 +37,7 @@ impl std::fmt::Display for Placement {
 
 /// The driver's profile id (`nvmlGpuInstanceProfileInfo_t.id`): what create and list calls take. Not the enum index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub struct ProfileId(pub u32);
 
@@ -86,6 +88,7 @@ pub struct Instance {
 
 /// MIG mode of a GPU: current and pending, read together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum MigMode {
     /// The board has no MIG.

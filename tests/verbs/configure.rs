@@ -1,15 +1,12 @@
 //! `migctl configure`: the files of the engines, in a directory of the test's own. Real engines read what it writes in
 //! tests/containers/configured.rs.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
-
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{binaries, installed, run, text};
+use crate::common::{self, binaries, installed, run, text};
+use crate::schema;
 use serde_json::{Value, json};
 
 /// An engine, and its file as somebody may have written it.
@@ -66,7 +63,8 @@ fn document(engine: &str, file: &Path, more: &[&str]) -> Value {
     let output = configure(engine, file, &[more, &["--json"]].concat());
     assert!(output.status.success(), "{engine} {more:?}: {}", text(&output));
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&document["version"], &document["engine"]), (&json!(1), &json!(engine)));
+    schema("configure", &document);
+    assert_eq!(document["engine"], engine);
     document
 }
 

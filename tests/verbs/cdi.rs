@@ -1,14 +1,10 @@
 //! `migctl cdi` and the spec that is kept true; the hooks of a spec without a container. Real ones are in
 //! tests/containers/cdi.rs.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-mod common;
-
 use std::path::PathBuf;
 use std::process::Output;
 
-use common::{Init, World, config, state, text, wait_for};
+use crate::common::{Init, World, config, state, text, wait_for};
 use serde_json::{Value, json};
 
 const OFFERED: &str = "[slices]\nforeign = \"idle\"";
