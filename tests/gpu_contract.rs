@@ -340,6 +340,33 @@ fn a_busy_instance_is_in_use_and_its_listed_processes_are_told() {
 }
 
 #[test]
+fn mig_devices_are_told_in_index_order_with_what_they_have() {
+    let machine = Machine::with(&["h100-sxm-80gb"]);
+    let gpu = machine.gpu();
+    let uuid = only(&gpu).uuid;
+    assert_eq!(gpu.mig_devices(&uuid).unwrap(), []);
+    let device = only(&gpu);
+    let small = cut(&gpu, &device, "1g.20gb", 0).unwrap();
+    let large = cut(&gpu, &device, "3g.40gb", 4).unwrap();
+    let small_uuid = gpu.create_compute(&uuid, small.id, None).unwrap().uuid;
+    let large_uuid = gpu.create_compute(&uuid, large.id, None).unwrap().uuid;
+    let listed: Vec<_> = gpu.mig_devices(&uuid).unwrap().into_iter().map(|d| (d.index, d.profile, d.uuid)).collect();
+    // By instance id: the upper half of this GPU carries id 2, its first quarter 3.
+    let expected = [(0, "3g.40gb".to_owned(), large_uuid), (1, "1g.20gb".to_owned(), small_uuid.clone())];
+    assert_eq!(listed, expected);
+
+    let reading = gpu.reading(&small_uuid).unwrap();
+    let profile = named(&device, "1g.20gb");
+    assert_eq!((reading.sms, reading.memory_total_mib), (Some(profile.sms), Some(profile.memory_mib)));
+    assert!(reading.engines.is_some_and(|engines| engines.copy > 0), "{reading:?}");
+    assert_eq!((reading.ecc, reading.persistence), (None, None), "these are the whole GPU's");
+    let whole = gpu.reading(&uuid).unwrap();
+    assert_eq!((whole.sms, whole.engines), (None, None), "these are a MIG device's");
+    assert!(whole.memory_total_mib > reading.memory_total_mib && whole.persistence.is_some(), "{whole:?}");
+    assert!(matches!(gpu.reading("GPU-0"), Err(GpuError::NotFound { .. })));
+}
+
+#[test]
 fn errors_keep_their_meaning() {
     let machine = Machine::with(&["a100-sxm4-80gb"]);
     let gpu = machine.gpu();

@@ -16,7 +16,7 @@ use nvml_wrapper::bitmasks::InitFlags;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper_sys::bindings::*;
 
-use super::{Activation, GpuError, GpuProcess, Placement, ProfileId};
+use super::{Activation, Engines, GpuError, GpuProcess, Placement, ProfileId, Utilisation};
 
 const SUCCESS: u32 = nvmlReturn_enum_NVML_SUCCESS;
 pub(super) const INVALID_ARGUMENT: u32 = nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT;
@@ -24,12 +24,12 @@ pub(super) const NOT_SUPPORTED: u32 = nvmlReturn_enum_NVML_ERROR_NOT_SUPPORTED;
 const NO_PERMISSION: u32 = nvmlReturn_enum_NVML_ERROR_NO_PERMISSION;
 const NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_NOT_FOUND;
 const INSUFFICIENT_SIZE: u32 = nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_SIZE;
-const FUNCTION_NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_FUNCTION_NOT_FOUND;
+pub(super) const FUNCTION_NOT_FOUND: u32 = nvmlReturn_enum_NVML_ERROR_FUNCTION_NOT_FOUND;
 const GPU_IS_LOST: u32 = nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST;
 const IN_USE: u32 = nvmlReturn_enum_NVML_ERROR_IN_USE;
 const INSUFFICIENT_RESOURCES: u32 = nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_RESOURCES;
 const RESET_REQUIRED: u32 = nvmlReturn_enum_NVML_ERROR_RESET_REQUIRED;
-const VERSION_MISMATCH: u32 = nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+pub(super) const VERSION_MISMATCH: u32 = nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
 
 /// Entries offered to calls that fill an array. Above any count that a driver reports (15 GPU-instance ids, 8
 /// compute-instance ids), because `nvmlDeviceGetGpuInstances` is never told how long its buffer is.
@@ -53,6 +53,19 @@ pub(super) struct GpuInstance<'lib>(nvmlGpuInstance_t, PhantomData<&'lib Library
 /// A compute instance. Neither `Copy` nor `Clone`, as above.
 #[derive(Debug)]
 pub(super) struct ComputeInstance<'lib>(nvmlComputeInstance_t, PhantomData<&'lib Library>);
+
+/// A buffer of performance counters (GPM). NVML frees it with the value.
+#[derive(Debug)]
+pub(super) struct Sample<'lib>(nvmlGpmSample_t, &'lib Library);
+
+/// Where the driver counts memory errors.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum ErrorsIn {
+    /// Caches and registers.
+    Sram,
+    /// The GPU's memory.
+    Dram,
+}
 
 /// What the driver says of one GPU-instance profile.
 #[derive(Debug)]
@@ -242,14 +255,151 @@ impl Library {
         Ok(text(&info.busId))
     }
 
-    /// Memory of the whole GPU in bytes.
-    pub(super) fn total_memory(&self, device: &DeviceHandle<'_>) -> Result<u64, GpuError> {
+    /// Memory of a GPU or MIG device in bytes: used and total.
+    pub(super) fn memory(&self, device: &DeviceHandle<'_>) -> Result<(u64, u64), GpuError> {
         let f = function!(self, nvmlDeviceGetMemoryInfo);
         let mut memory: nvmlMemory_t = zeroed();
         // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
         let code = unsafe { (f.call)(device.0, &mut memory) };
         self.check(f.name, code)?;
-        Ok(memory.total)
+        Ok((memory.used, memory.total))
+    }
+
+    /// The same with what the driver keeps for itself left out of the used memory, as `nvidia-smi` shows it.
+    pub(super) fn memory_of_clients(&self, device: &DeviceHandle<'_>) -> Result<(u64, u64), GpuError> {
+        let f = function!(self, nvmlDeviceGetMemoryInfo_v2);
+        let mut memory: nvmlMemory_v2_t = zeroed();
+        memory.version = struct_version::<nvmlMemory_v2_t>(2);
+        // SAFETY: the handle is this library's; the version word names the struct that the pointer is to.
+        let code = unsafe { (f.call)(device.0, &mut memory) };
+        self.check(f.name, code)?;
+        Ok((memory.used, memory.total))
+    }
+
+    /// Uncorrected ECC errors since the driver was loaded.
+    pub(super) fn uncorrected_errors(&self, device: &DeviceHandle<'_>, place: ErrorsIn) -> Result<u64, GpuError> {
+        let f = function!(self, nvmlDeviceGetMemoryErrorCounter);
+        let place = match place {
+            ErrorsIn::Sram => nvmlMemoryLocation_enum_NVML_MEMORY_LOCATION_SRAM,
+            ErrorsIn::Dram => nvmlMemoryLocation_enum_NVML_MEMORY_LOCATION_DRAM,
+        };
+        let kind = nvmlMemoryErrorType_enum_NVML_MEMORY_ERROR_TYPE_UNCORRECTED;
+        let mut count = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(device.0, kind, nvmlEccCounterType_enum_NVML_VOLATILE_ECC, place, &mut count) };
+        self.check(f.name, code)?;
+        Ok(count)
+    }
+
+    /// Whether ECC is on.
+    pub(super) fn ecc(&self, device: &DeviceHandle<'_>) -> Result<bool, GpuError> {
+        let f = function!(self, nvmlDeviceGetEccMode);
+        let (mut current, mut pending) = (0, 0);
+        // SAFETY: the handle is this library's; both pointers are to one integer.
+        let code = unsafe { (f.call)(device.0, &mut current, &mut pending) };
+        self.check(f.name, code)?;
+        Ok(current == nvmlEnableState_enum_NVML_FEATURE_ENABLED)
+    }
+
+    /// Whether the driver stays with the GPU while nobody uses it.
+    pub(super) fn persistence(&self, device: &DeviceHandle<'_>) -> Result<bool, GpuError> {
+        let f = function!(self, nvmlDeviceGetPersistenceMode);
+        let mut mode = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(device.0, &mut mode) };
+        self.check(f.name, code)?;
+        Ok(mode == nvmlEnableState_enum_NVML_FEATURE_ENABLED)
+    }
+
+    /// Multiprocessors of a MIG device, and the engines of its GPU instance.
+    pub(super) fn attributes(&self, mig: &DeviceHandle<'_>) -> Result<(u32, Engines), GpuError> {
+        let f = function!(self, nvmlDeviceGetAttributes_v2);
+        let mut found: nvmlDeviceAttributes_t = zeroed();
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(mig.0, &mut found) };
+        self.check(f.name, code)?;
+        let engines = Engines {
+            copy: found.sharedCopyEngineCount,
+            decoders: found.sharedDecoderCount,
+            encoders: found.sharedEncoderCount,
+            jpeg: found.sharedJpegCount,
+            ofa: found.sharedOfaCount,
+        };
+        Ok((found.multiprocessorCount, engines))
+    }
+
+    /// How many MIG devices a GPU may have; their indices are below. 0 with MIG off.
+    pub(super) fn max_mig_devices(&self, device: &DeviceHandle<'_>) -> Result<u32, GpuError> {
+        let f = function!(self, nvmlDeviceGetMaxMigDeviceCount);
+        let mut count = 0;
+        // SAFETY: the handle is this library's; the pointer is to one integer.
+        let code = unsafe { (f.call)(device.0, &mut count) };
+        self.check(f.name, code)?;
+        Ok(count)
+    }
+
+    /// The MIG device at that index of a GPU; `None` where there is none.
+    pub(super) fn mig_device(
+        &self,
+        device: &DeviceHandle<'_>,
+        index: u32,
+    ) -> Result<Option<DeviceHandle<'_>>, GpuError> {
+        let f = function!(self, nvmlDeviceGetMigDeviceHandleByIndex);
+        let mut mig = ptr::null_mut();
+        // SAFETY: the GPU's handle is this library's; the pointer is to one handle.
+        let code = unsafe { (f.call)(device.0, index, &mut mig) };
+        if matches!(code, NOT_FOUND | INVALID_ARGUMENT) {
+            return Ok(None);
+        }
+        self.check(f.name, code)?;
+        Ok(Some(DeviceHandle(mig, PhantomData)))
+    }
+
+    /// Whether a GPU has performance counters to sample.
+    pub(super) fn counts_performance(&self, device: &DeviceHandle<'_>) -> Result<bool, GpuError> {
+        let f = function!(self, nvmlGpmQueryDeviceSupport);
+        let mut support = nvmlGpmSupport_t { version: NVML_GPM_SUPPORT_VERSION, isSupportedDevice: 0 };
+        // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
+        let code = unsafe { (f.call)(device.0, &mut support) };
+        self.check(f.name, code)?;
+        Ok(support.isSupportedDevice != 0)
+    }
+
+    /// Reads the performance counters of a GPU instance.
+    pub(super) fn sample(&self, device: &DeviceHandle<'_>, instance: u32) -> Result<Sample<'_>, GpuError> {
+        let (alloc, get) = (function!(self, nvmlGpmSampleAlloc), function!(self, nvmlGpmMigSampleGet));
+        function!(self, nvmlGpmSampleFree); // what can't be freed is not allocated
+        let mut buffer = ptr::null_mut();
+        // SAFETY: the pointer is to one handle.
+        let code = unsafe { (alloc.call)(&mut buffer) };
+        self.check(alloc.name, code)?;
+        let sample = Sample(buffer, self);
+        // SAFETY: both handles are this library's.
+        let code = unsafe { (get.call)(device.0, instance, sample.0) };
+        self.check(get.name, code)?;
+        Ok(sample)
+    }
+
+    /// What two samples come to.
+    pub(super) fn utilisation(&self, before: &Sample<'_>, after: &Sample<'_>) -> Result<Utilisation, GpuError> {
+        let f = function!(self, nvmlGpmMetricsGet);
+        let mut request: nvmlGpmMetricsGet_t = zeroed();
+        (request.version, request.sample1, request.sample2) = (NVML_GPM_METRICS_GET_VERSION, before.0, after.0);
+        let wanted = [
+            nvmlGpmMetricId_t_NVML_GPM_METRIC_SM_UTIL,
+            nvmlGpmMetricId_t_NVML_GPM_METRIC_GRAPHICS_UTIL,
+            nvmlGpmMetricId_t_NVML_GPM_METRIC_DRAM_BW_UTIL,
+        ];
+        request.numMetrics = wanted.len() as u32;
+        for (metric, id) in request.metrics.iter_mut().zip(wanted) {
+            metric.metricId = id;
+        }
+        // SAFETY: the samples are live, since they are borrowed; the pointer is to one struct of the type that the
+        // symbol names, of whose metrics the first `numMetrics` are read and written.
+        let code = unsafe { (f.call)(&mut request) };
+        self.check(f.name, code)?;
+        let percent = |n: usize| Some(&request.metrics[n]).filter(|m| m.nvmlReturn == SUCCESS).map(|m| m.value);
+        Ok(Utilisation { sm: percent(0), graphics: percent(1), dram: percent(2) })
     }
 
     /// MIG mode, current and pending; `None` of a board without MIG.
@@ -513,24 +663,35 @@ impl Library {
         self.check(f.name, code)
     }
 
-    /// Compute processes on a GPU; none where the driver can't tell.
+    /// Processes on a GPU, each once; none where the driver can't tell.
     pub(super) fn processes(&self, device: &DeviceHandle<'_>) -> Result<Vec<GpuProcess>, GpuError> {
-        const NONE: u32 = u32::MAX;
-        let name = "nvmlDeviceGetComputeRunningProcesses_v3";
-        let Ok(call) = &self.nvml.lib().nvmlDeviceGetComputeRunningProcesses_v3 else { return Ok(Vec::new()) };
-        let empty = nvmlProcessInfo_t { pid: 0, usedGpuMemory: 0, gpuInstanceId: NONE, computeInstanceId: NONE };
-        let list = self.fill(name, empty, |buffer, count| {
-            // SAFETY: the handle is this library's; `count` says how many entries `buffer` has room for.
-            let code = unsafe { call(device.0, count, buffer) };
-            if code != NOT_SUPPORTED {
-                return code;
+        let lib = self.nvml.lib();
+        let lists = [
+            ("nvmlDeviceGetComputeRunningProcesses_v3", &lib.nvmlDeviceGetComputeRunningProcesses_v3),
+            ("nvmlDeviceGetGraphicsRunningProcesses_v3", &lib.nvmlDeviceGetGraphicsRunningProcesses_v3),
+            ("nvmlDeviceGetMPSComputeRunningProcesses_v3", &lib.nvmlDeviceGetMPSComputeRunningProcesses_v3),
+        ];
+        let mut found: Vec<GpuProcess> = Vec::new();
+        for (name, call) in lists.iter().filter_map(|(name, call)| Some((*name, call.as_ref().ok()?))) {
+            let empty = nvmlProcessInfo_t { pid: 0, usedGpuMemory: 0, gpuInstanceId: 0, computeInstanceId: 0 };
+            let list = self.fill(name, empty, |buffer, count| {
+                // SAFETY: the handle is this library's; `count` says how many entries `buffer` has room for.
+                let code = unsafe { call(device.0, count, buffer) };
+                if code != NOT_SUPPORTED {
+                    return code;
+                }
+                *count = 0;
+                SUCCESS
+            })?;
+            for process in list.iter().map(process) {
+                let same =
+                    |p: &GpuProcess| (p.pid, p.instance, p.compute) == (process.pid, process.instance, process.compute);
+                if !found.iter().any(same) {
+                    found.push(process);
+                }
             }
-            *count = 0;
-            SUCCESS
-        })?;
-        let process =
-            |p: &nvmlProcessInfo_t| GpuProcess { pid: p.pid, instance: Some(p.gpuInstanceId).filter(|id| *id != NONE) };
-        Ok(list.iter().map(process).collect())
+        }
+        Ok(found)
     }
 
     /// Calls `read` with a buffer and its length, and again with more room while it says INSUFFICIENT_SIZE.
@@ -597,6 +758,25 @@ impl Library {
     }
 }
 
+impl Drop for Sample<'_> {
+    fn drop(&mut self) {
+        if let Ok(free) = &self.1.nvml.lib().nvmlGpmSampleFree {
+            // SAFETY: this library allocated it, and nothing uses it after this.
+            unsafe { free(self.0) };
+        }
+    }
+}
+
+/// All bits set stands for "does not apply" and for "not available".
+fn process(info: &nvmlProcessInfo_t) -> GpuProcess {
+    GpuProcess {
+        pid: info.pid,
+        instance: Some(info.gpuInstanceId).filter(|id| *id != u32::MAX),
+        compute: Some(info.computeInstanceId).filter(|id| *id != u32::MAX),
+        memory_mib: Some(info.usedGpuMemory).filter(|bytes| *bytes != u64::MAX).map(|bytes| bytes >> 20),
+    }
+}
+
 /// Why loading or initialising failed.
 fn init_reason(error: &NvmlError) -> String {
     match error {
@@ -629,6 +809,12 @@ unsafe trait Plain {}
 unsafe impl Plain for nvmlPciInfo_t {}
 // SAFETY: integers.
 unsafe impl Plain for nvmlMemory_t {}
+// SAFETY: integers.
+unsafe impl Plain for nvmlMemory_v2_t {}
+// SAFETY: integers.
+unsafe impl Plain for nvmlDeviceAttributes_t {}
+// SAFETY: integers, floating-point numbers and raw pointers.
+unsafe impl Plain for nvmlGpmMetricsGet_t {}
 // SAFETY: integers.
 unsafe impl Plain for nvmlGpuInstanceProfileInfo_t {}
 // SAFETY: integers and an array of them.

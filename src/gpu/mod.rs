@@ -169,6 +169,76 @@ pub struct GpuProcess {
     pub pid: u32,
     /// GPU instance, when it runs in one.
     pub instance: Option<u32>,
+    /// Compute instance in that GPU instance, when it runs in one.
+    pub compute: Option<u32>,
+    /// GPU memory that it uses, in MiB; `None` where the driver does not tell.
+    pub memory_mib: Option<u64>,
+}
+
+/// A MIG device as every user may see it: no placement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MigDevice {
+    /// Its index on its GPU now, as `nvidia-smi` shows it. It changes when another device goes.
+    pub index: u32,
+    /// GPU instance.
+    pub instance: u32,
+    /// Compute instance in it.
+    pub compute: u32,
+    /// `MIG-…`.
+    pub uuid: String,
+    /// Profile of the compute instance: `1g.10gb`, or `1c.3g.40gb` where it has a part of its GPU instance only.
+    pub profile: String,
+}
+
+/// What a GPU, or a MIG device, tells of itself at one moment. What driver or board do not tell is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Memory in use, in MiB. A MIG device shares it with the other compute instances of its GPU instance.
+    pub memory_used_mib: Option<u64>,
+    /// Memory there is, in MiB.
+    pub memory_total_mib: Option<u64>,
+    /// Uncorrected ECC errors since the driver was loaded. Of a MIG device those of its SRAM (caches, registers) alone,
+    /// and of a GPU with MIG on none: the driver counts no others.
+    pub ecc_errors: Option<u64>,
+    /// Whether ECC is on. Asked of whole GPUs only.
+    pub ecc: Option<bool>,
+    /// Whether the driver keeps the GPU awake while nobody uses it. Asked of whole GPUs only.
+    pub persistence: Option<bool>,
+    /// Multiprocessors, of MIG devices only.
+    pub sms: Option<u32>,
+    /// Engines, shared by the compute instances of a GPU instance; of MIG devices only.
+    pub engines: Option<Engines>,
+}
+
+/// Engines of a slice beside its multiprocessors.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Engines {
+    /// Copy engines (CE).
+    pub copy: u32,
+    /// Video decoders (NVDEC).
+    pub decoders: u32,
+    /// Video encoders (NVENC).
+    pub encoders: u32,
+    /// JPEG decoders (NVJPG).
+    pub jpeg: u32,
+    /// Optical-flow accelerators (OFA).
+    pub ofa: u32,
+}
+
+/// The performance counters of a GPU instance at one moment; two of them make a [`Utilisation`]. The driver's buffer is
+/// freed with it.
+#[derive(Debug)]
+pub struct Sample<'gpu>(ffi::Sample<'gpu>);
+
+/// How busy a GPU instance was between two samples, in percent of what it has.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Utilisation {
+    /// Multiprocessors that were busy.
+    pub sm: Option<f64>,
+    /// Time in which any compute or graphics work ran.
+    pub graphics: Option<f64>,
+    /// Memory bandwidth used.
+    pub dram: Option<f64>,
 }
 
 /// Why a driver call failed, as far as somebody branches on it.
@@ -252,8 +322,17 @@ pub trait Gpu: std::fmt::Debug {
     fn destroy_compute(&self, gpu: &str, instance: u32, compute: u32) -> Result<(), GpuError>;
     /// Destroys a GPU instance that has no compute instance left.
     fn destroy_instance(&self, gpu: &str, instance: u32) -> Result<(), GpuError>;
-    /// Processes on a GPU. An empty list does not prove that an instance can be destroyed.
+    /// Processes on a GPU: compute, graphics and MPS. An empty list does not prove that an instance can be destroyed.
     fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError>;
     /// Asks for MIG mode on or off. Needs root, and no client on the GPU.
     fn set_mig_mode(&self, gpu: &str, on: bool) -> Result<Activation, GpuError>;
+    /// MIG devices of one GPU in index order, as every user may list them; none where MIG is off or the driver too old.
+    fn mig_devices(&self, gpu: &str) -> Result<Vec<MigDevice>, GpuError>;
+    /// What the GPU or MIG device of that UUID tells of itself.
+    fn reading(&self, uuid: &str) -> Result<Reading, GpuError>;
+    /// The counters of a GPU instance now; `None` where there are none to read: before Hopper, with an older driver, or
+    /// without permission. Keep it, and take the next one at least 100 ms later.
+    fn sample(&self, gpu: &str, instance: u32) -> Result<Option<Sample<'_>>, GpuError>;
+    /// What happened between two samples of one GPU instance.
+    fn utilisation(&self, before: &Sample<'_>, after: &Sample<'_>) -> Result<Utilisation, GpuError>;
 }

@@ -6,11 +6,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use super::ffi::{self, ComputeProfile, DeviceHandle, GpuInstance, GpuInstanceProfile, Library};
-use super::ffi::{INVALID_ARGUMENT, NOT_SUPPORTED};
+use super::ffi::{self, ComputeProfile, DeviceHandle, ErrorsIn, GpuInstance, GpuInstanceProfile, Library};
+use super::ffi::{FUNCTION_NOT_FOUND, INVALID_ARGUMENT, NOT_SUPPORTED, VERSION_MISMATCH};
 use super::{
     Activation, ComputeInstance, Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId,
 };
+use super::{MigDevice, Reading, Sample, Utilisation};
 
 /// Enum indices probed for GPU-instance profiles: past the 17 of NVML 13.0, so that a newer driver's are found.
 const GPU_INSTANCE_PROFILES: u32 = 32;
@@ -232,6 +233,71 @@ impl Gpu for Nvml {
         let library = self.library()?;
         library.set_mig_mode(&library.device_by_uuid(gpu)?, on)
     }
+
+    fn mig_devices(&self, gpu: &str) -> Result<Vec<MigDevice>, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        let mut found = Vec::new();
+        for index in 0..told(library.max_mig_devices(&device))?.unwrap_or(0) {
+            let Some(mig) = told(library.mig_device(&device, index))?.flatten() else { continue };
+            found.extend(unless_gone(read_mig_device(library, index, &mig))?);
+        }
+        Ok(found)
+    }
+
+    /// "On MIG-enabled GPUs, per instance information can be queried using specific MIG device handles. Per instance
+    /// information is currently only supported for non-DRAM uncorrectable volatile errors. Querying volatile errors
+    /// using device handles is currently not supported" (nvml.h, nvmlDeviceGetMemoryErrorCounter).
+    fn reading(&self, uuid: &str) -> Result<Reading, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(uuid)?;
+        let memory = match told(library.memory_of_clients(&device))? {
+            Some(memory) => Some(memory),
+            None => told(library.memory(&device))?,
+        };
+        let sram = told(library.uncorrected_errors(&device, ErrorsIn::Sram))?;
+        let mut reading = Reading {
+            memory_used_mib: memory.map(|(used, _)| used >> 20),
+            memory_total_mib: memory.map(|(_, total)| total >> 20),
+            ..Reading::default()
+        };
+        if uuid.starts_with("MIG-") {
+            let attributes = told(library.attributes(&device))?;
+            reading.ecc_errors = sram;
+            reading.sms = attributes.map(|(sms, _)| sms);
+            reading.engines = attributes.map(|(_, engines)| engines);
+        } else {
+            let dram = told(library.uncorrected_errors(&device, ErrorsIn::Dram))?;
+            reading.ecc_errors = sram.zip(dram).map(|(sram, dram)| sram.saturating_add(dram));
+            reading.ecc = told(library.ecc(&device))?;
+            reading.persistence = told(library.persistence(&device))?;
+        }
+        Ok(reading)
+    }
+
+    fn sample(&self, gpu: &str, instance: u32) -> Result<Option<Sample<'_>>, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        if told(library.counts_performance(&device))? != Some(true) {
+            return Ok(None);
+        }
+        Ok(told(library.sample(&device, instance))?.map(Sample))
+    }
+
+    fn utilisation(&self, before: &Sample<'_>, after: &Sample<'_>) -> Result<Utilisation, GpuError> {
+        self.library()?.utilisation(&before.0, &after.0)
+    }
+}
+
+fn read_mig_device(library: &Library, index: u32, mig: &DeviceHandle<'_>) -> Result<MigDevice, GpuError> {
+    let name = library.name(mig)?;
+    Ok(MigDevice {
+        index,
+        instance: library.gpu_instance_id(mig)?,
+        compute: library.compute_instance_id(mig)?,
+        uuid: library.uuid(mig)?,
+        profile: name.rsplit_once(" MIG ").map_or(name.as_str(), |(_, profile)| profile).to_owned(),
+    })
 }
 
 fn read_mode(library: &Library, device: &DeviceHandle<'_>) -> Result<MigMode, GpuError> {
@@ -256,7 +322,7 @@ fn read_profiles(library: &Library, device: &DeviceHandle<'_>) -> Result<Vec<Pro
         placements.sort_unstable();
         let name = match offered.name.as_deref().map(|name| name.strip_prefix("MIG ").unwrap_or(name)) {
             Some(name) if !name.is_empty() => name.to_owned(),
-            _ => profile_name(index, &offered, library.total_memory(device)?),
+            _ => profile_name(index, &offered, library.memory(device)?.1),
         };
         profiles.push(Profile {
             id: offered.id,
@@ -314,6 +380,17 @@ fn unless_gone<T>(read: Result<T, GpuError>) -> Result<Option<T>, GpuError> {
     match read {
         Ok(value) => Ok(Some(value)),
         Err(GpuError::NotFound { .. } | GpuError::Driver { code: INVALID_ARGUMENT, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// `None` for what this driver, board or mode does not tell, or not to this user.
+fn told<T>(read: Result<T, GpuError>) -> Result<Option<T>, GpuError> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(GpuError::Symbol { .. } | GpuError::NoPermission { .. }) => Ok(None),
+        Err(GpuError::Driver { code: NOT_SUPPORTED | INVALID_ARGUMENT, .. }) => Ok(None),
+        Err(GpuError::Driver { code: FUNCTION_NOT_FOUND | VERSION_MISMATCH, .. }) => Ok(None),
         Err(error) => Err(error),
     }
 }
