@@ -10,7 +10,8 @@ use std::process::Command;
 use std::slice;
 
 use mig_hook::gpu::nvml::Nvml;
-use mig_hook::gpu::{Device, Gpu, GpuError, Instance, MigMode, Placement, Profile, ProfileId};
+use mig_hook::gpu::{Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId};
+use mig_hook::gpu::{Reading, Utilisation};
 use tempfile::TempDir;
 
 /// A machine laid out by `nvml-sim`, gone with the value.
@@ -364,6 +365,55 @@ fn mig_devices_are_told_in_index_order_with_what_they_have() {
     assert_eq!((whole.sms, whole.engines), (None, None), "these are a MIG device's");
     assert!(whole.memory_total_mib > reading.memory_total_mib && whole.persistence.is_some(), "{whole:?}");
     assert!(matches!(gpu.reading("GPU-0"), Err(GpuError::NotFound { .. })));
+}
+
+#[test]
+fn readings_tell_what_runs_and_nothing_that_the_driver_does_not_tell() {
+    let machine = Machine::with(&["h100-sxm-80gb", "a100-sxm4-80gb"]);
+    let gpu = machine.gpu();
+    let devices = gpu.devices().unwrap();
+    let made = devices.iter().map(|device| {
+        let made = cut(&gpu, device, "1g.10gb", 0).unwrap();
+        let uuid = gpu.create_compute(&device.uuid, made.id).unwrap().uuid;
+        let index = device.index.to_string();
+        let (figures, id) = (["--memory", "700", "--sm", "60", "--dram", "20", "--ecc", "2"], made.id.to_string());
+        machine.sim(&[&["load", "--gpu", &index, "--gi", &id][..], &figures].concat());
+        machine.sim(&["hold", "--gpu", &index, "--gi", &id, "--pid", "77", "--memory", "300"]);
+        (made.id, uuid)
+    });
+    let made: Vec<(u32, String)> = made.collect();
+    for (device, (instance, uuid)) in devices.iter().zip(&made) {
+        let reading = gpu.reading(uuid).unwrap();
+        assert_eq!((reading.memory_used_mib, reading.ecc_errors), (Some(1000), Some(2)));
+        let whole = gpu.reading(&device.uuid).unwrap();
+        assert_eq!((whole.memory_used_mib, whole.ecc_errors, whole.ecc), (Some(1000), None, Some(true)));
+        let held = GpuProcess { pid: 77, instance: Some(*instance), compute: Some(0), memory_mib: Some(300) };
+        assert_eq!(gpu.processes(&device.uuid).unwrap(), [held]);
+    }
+
+    let hopper = devices.iter().position(|device| device.name.contains("H100")).unwrap();
+    let sample = |at: usize| gpu.sample(&devices[at].uuid, made[at].0).unwrap();
+    let (before, after) = (sample(hopper).unwrap(), sample(hopper).unwrap());
+    let busy = Utilisation { sm: Some(60.0), graphics: Some(60.0), dram: Some(20.0) };
+    assert_eq!(gpu.utilisation(&before, &after).unwrap(), busy);
+    assert!(sample(1 - hopper).is_none(), "Ampere has no such counters");
+    assert!(gpu.sample(&devices[hopper].uuid, 1).unwrap().is_none(), "nor has an instance that is not there");
+    // Every buffer is given back.
+    machine.sim(&["count", "on"]);
+    drop((sample(hopper), before, after));
+    let counts: serde_json::Value = serde_json::from_str(&machine.sim(&["counts", "--json"])).unwrap();
+    assert_eq!((&counts["nvmlGpmSampleAlloc"], &counts["nvmlGpmSampleFree"]), (&1.into(), &3.into()));
+
+    // What one driver can't, or does not tell this user, is unknown, not an error and not 0.
+    let uuid = &made[hopper].1;
+    for (call, code) in [("nvmlDeviceGetMemoryInfo*", "NOT_SUPPORTED"), ("nvmlDeviceGetAttributes_v2", "NO_PERMISSION")]
+    {
+        machine.fault(call, code);
+    }
+    let reading = gpu.reading(uuid).unwrap();
+    assert_eq!(reading, Reading { ecc_errors: Some(2), ..Reading::default() });
+    machine.fault("nvmlDeviceGetMemoryErrorCounter", "GPU_IS_LOST");
+    assert!(matches!(gpu.reading(uuid), Err(GpuError::Lost { .. })));
 }
 
 #[test]

@@ -95,6 +95,11 @@ impl<T: Copy> Array<T> {
         }
         Ok(())
     }
+
+    /// Reads its first values; the call's contract or its count says that there are as many.
+    pub fn read(&self, count: usize) -> Outcome<Vec<T>> {
+        (0..count).map(|place| Out(self.0.wrapping_add(place)).get()).collect()
+    }
 }
 
 /// A character buffer whose length is the next argument.
@@ -135,6 +140,11 @@ impl Versioned {
     /// Reads the struct that the version word promised.
     pub fn get<T: Copy>(&self) -> Outcome<T> {
         Out(self.0.cast::<T>()).get()
+    }
+
+    /// The array that lies behind its first fields.
+    pub fn array_after<Fields, T>(&self) -> Array<T> {
+        Array(self.0.cast::<u8>().wrapping_add(size_of::<Fields>()).cast())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The calls that every client may require: see `optional` for the others.
 
-use std::ffi::{c_char, c_int, c_uint};
+use std::ffi::{c_char, c_int, c_uint, c_ulonglong};
 use std::fs;
 
 use nvml_wrapper_sys::bindings as nvml;
@@ -8,6 +8,7 @@ use nvml_wrapper_sys::bindings as nvml;
 use crate::abi::{Array, Handle, In, InText, Out, Target, Text, exports, exports_bare, name_field};
 use crate::board::{Board, CiProfile, GiProfile, Span};
 use crate::code::{self, Code, Outcome};
+use crate::load;
 use crate::rules;
 use crate::session::{self, Call, Device, ci, ci_handle, gi, gi_handle, mig_devices, mig_gpu};
 use crate::state::Gi;
@@ -148,8 +149,8 @@ exports! {
     }
 
     fn nvmlDeviceGetPersistenceMode(device: Handle, mode: Out<c_uint>) |call| {
-        parent(call, device)?;
-        mode.put(1)
+        let gpu = parent(call, device)?;
+        mode.put(call.now()?.state.gpus[gpu].persistence.into())
     }
 
     fn nvmlDeviceGetTemperature(device: Handle, _sensor: c_uint, celsius: Out<c_uint>) |call| {
@@ -171,8 +172,38 @@ exports! {
     }
 
     fn nvmlDeviceGetMemoryInfo(device: Handle, memory: Out<nvml::nvmlMemory_t>) |call| {
-        let total = memory_bytes(call, device)?;
-        memory.put(nvml::nvmlMemory_t { total, free: total, used: 0 })
+        let (used, total) = memory_bytes(call, device)?;
+        memory.put(nvml::nvmlMemory_t { total, free: total - used, used })
+    }
+
+    fn nvmlDeviceGetEccMode(device: Handle, current: Out<c_uint>, pending: Out<c_uint>) |call| {
+        call.gpu(device)?;
+        pending.check()?;
+        current.put(1)?;
+        pending.put(1)
+    }
+
+    fn nvmlDeviceGetMemoryErrorCounter(
+        device: Handle, kind: c_uint, counter: c_uint, place: c_uint, count: Out<c_ulonglong>,
+    ) |call| {
+        use nvml::{
+            nvmlEccCounterType_enum_NVML_VOLATILE_ECC as VOLATILE,
+            nvmlMemoryErrorType_enum_NVML_MEMORY_ERROR_TYPE_UNCORRECTED as UNCORRECTED,
+            nvmlMemoryLocation_enum_NVML_MEMORY_LOCATION_DRAM as DRAM,
+            nvmlMemoryLocation_enum_NVML_MEMORY_LOCATION_SRAM as SRAM,
+        };
+        let now = call.now()?;
+        let volatile = counter == VOLATILE;
+        let found = match call.device(&now.state, device)? {
+            Device::Mig(_, gi, ci) if (kind, volatile, place) == (UNCORRECTED, true, SRAM) => gi.load.ecc + ci.load.ecc,
+            Device::Gpu(gpu) if volatile && !now.state.gpus[gpu].current => match (kind, place) {
+                (UNCORRECTED, SRAM) => now.state.gpus[gpu].load.ecc,
+                (_, SRAM | DRAM) => 0,
+                _ => return Err(Code::NOT_SUPPORTED),
+            },
+            _ => return Err(Code::NOT_SUPPORTED),
+        };
+        count.put(found)
     }
 
     fn nvmlDeviceGetBAR1MemoryInfo(device: Handle, memory: Out<nvml::nvmlBAR1Memory_t>) |call| {
@@ -438,14 +469,16 @@ pub(crate) fn parent(call: &Call, device: Handle) -> Outcome<usize> {
     Ok(call.device(&now.state, device)?.gpu())
 }
 
-pub(crate) fn memory_bytes(call: &Call, device: Handle) -> Outcome<u64> {
+/// Used and total.
+pub(crate) fn memory_bytes(call: &Call, device: Handle) -> Outcome<(u64, u64)> {
     let now = call.now()?;
     let device = call.device(&now.state, device)?;
     let board = call.board(device.gpu())?;
-    match device {
-        Device::Gpu(_) => Ok(board.memory_mib * MIB),
-        Device::Mig(_, gi, _) => Ok(owner(board, gi)?.memory_mib * MIB),
-    }
+    let (used, total) = match device {
+        Device::Gpu(gpu) => (load::used_by_gpu(board, &now.state, gpu, &now.state.gpus[gpu]), board.memory_mib),
+        Device::Mig(gpu, gi, _) => (load::used_by_instance(board, &now.state, gpu, gi), owner(board, gi)?.memory_mib),
+    };
+    Ok((used * MIB, total * MIB))
 }
 
 pub(crate) fn owner<'b>(board: &'b Board, gi: &Gi) -> Outcome<&'b GiProfile> {

@@ -58,7 +58,7 @@ pub fn create(dir: &Path, spec: Spec) -> Result<Vec<String>> {
     let library = libraries.join(LIBRARY);
     fs::copy(&spec.library, &library)
         .with_context(|| format!("copying {} to {}", spec.library.display(), library.display()))?;
-    let gpus = config.gpus.iter().map(|_| Gpu { current: spec.mig, pending: spec.mig, gis: Vec::new() }).collect();
+    let gpus = config.gpus.iter().map(|_| Gpu::new(spec.mig)).collect();
     let state = State { births: 0, gpus, holds: Vec::new() };
     proc(dir, &config, &real).context("writing the proc tree")?;
     let machine = Machine::create(&libraries, config, &state)?;

@@ -10,7 +10,10 @@ pub mod board;
 pub mod calls;
 pub mod code;
 pub mod fault;
+#[cfg(not(feature = "old-driver"))]
+mod gpm;
 pub mod layout;
+pub mod load;
 #[cfg(not(feature = "old-driver"))]
 mod optional;
 pub mod report;

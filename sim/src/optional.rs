@@ -11,6 +11,8 @@ use crate::calls::{
     parent,
 };
 use crate::code::{Code, Outcome};
+use crate::gpm;
+use crate::load;
 use crate::rules;
 use crate::session::{Call, Device, ci_handle, gi, mig_devices, mig_gpu};
 use crate::state::{Gi, State};
@@ -47,8 +49,8 @@ exports! {
         if memory.version()? != MEMORY_V2 {
             return Err(Code::INVALID_ARGUMENT);
         }
-        let total = memory_bytes(call, device)?;
-        memory.put(nvml::nvmlMemory_v2_t { version: MEMORY_V2, total, reserved: 0, free: total, used: 0 })
+        let (used, total) = memory_bytes(call, device)?;
+        memory.put(nvml::nvmlMemory_v2_t { version: MEMORY_V2, total, reserved: 0, free: total - used, used })
     }
 
     fn nvmlDeviceGetComputeRunningProcesses_v3(
@@ -176,6 +178,50 @@ exports! {
         if placements.is_null() { Ok(()) } else { placements.fill(&all) }
     }
 
+    fn nvmlGpmQueryDeviceSupport(device: Handle, support: Versioned) |call| {
+        if support.version()? != nvml::NVML_GPM_SUPPORT_VERSION {
+            return Err(Code::INVALID_ARGUMENT);
+        }
+        let supported = gpm::supported(call.board(call.gpu(device)?)?).into();
+        support.put(nvml::nvmlGpmSupport_t { version: nvml::NVML_GPM_SUPPORT_VERSION, isSupportedDevice: supported })
+    }
+
+    fn nvmlGpmSampleAlloc(sample: Out<gpm::Sample>) |_call| {
+        sample.check()?;
+        sample.put(gpm::allocate())
+    }
+
+    fn nvmlGpmSampleFree(sample: gpm::Sample) |_call| { gpm::free(sample) }
+
+    fn nvmlGpmMigSampleGet(device: Handle, instance: c_uint, sample: gpm::Sample) |call| {
+        let gpu = call.gpu(device)?;
+        let board = call.board(gpu)?;
+        if !gpm::supported(board) {
+            return Err(Code::NOT_SUPPORTED);
+        }
+        let now = call.now()?;
+        let gi = mig_gpu(&now.state, gpu)?.gi(instance).ok_or(Code::INVALID_ARGUMENT)?;
+        let (sm, dram) = load::busy(owner(board, gi)?, gi);
+        gpm::fill(sample, gpm::Counters { source: (gpu, gi.birth), sm, dram })
+    }
+
+    fn nvmlGpmMetricsGet(request: Versioned) |_call| {
+        if request.version()? != nvml::NVML_GPM_METRICS_GET_VERSION {
+            return Err(Code::INVALID_ARGUMENT);
+        }
+        // Clients were built against headers with more or fewer metrics: no more than they ask for is touched.
+        let asked: gpm::Request = request.get()?;
+        let (before, after) = gpm::pair(asked.sample1, asked.sample2)?;
+        let metrics: Array<nvml::nvmlGpmMetric_t> = request.array_after::<gpm::Request, _>();
+        let mut wanted = metrics.read(asked.count as usize)?;
+        for metric in &mut wanted {
+            let found = gpm::metric(metric.metricId, before, after);
+            metric.nvmlReturn = found.err().map_or(0, |code| code.0);
+            metric.value = found.unwrap_or(0.0);
+        }
+        metrics.fill(&wanted)
+    }
+
     fn nvmlGpuInstanceCreateComputeInstanceWithPlacement(
         instance: Handle, profile: c_uint, placement: In<nvml::nvmlComputeInstancePlacement_t>, compute: Out<Handle>,
     ) |call| {
@@ -227,7 +273,7 @@ fn processes(call: &Call, state: &State, device: Device<'_>) -> Vec<nvml::nvmlPr
             let gi = hold.gi.and_then(|id| state.gpus.get(hold.gpu)?.gi(id));
             Some(nvml::nvmlProcessInfo_v2_st {
                 pid: hold.pid?,
-                usedGpuMemory: call.board(hold.gpu).map_or(0, |board| board.memory_mib) * MIB / 64,
+                usedGpuMemory: call.board(hold.gpu).map_or(0, |board| load::client_mib(board, hold)) * MIB,
                 gpuInstanceId: gi.map_or(NOT_APPLICABLE, |gi| gi.id),
                 computeInstanceId: gi.map_or(NOT_APPLICABLE, first_ci),
             })

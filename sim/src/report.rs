@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::board::Span;
 use crate::fault::{Action, Fault, Latency, Plan, Scope, Tally};
 use crate::rules;
-use crate::state::{Config, Hold, Majors, State, ci_cap_minor, gi_cap_minor};
+use crate::state::{Config, Hold, Load, Majors, State, ci_cap_minor, gi_cap_minor};
 
 /// A machine.
 #[derive(Debug, Serialize)]
@@ -31,6 +31,8 @@ struct GpuReport {
     id_map: crate::state::IdMap,
     mig_current: bool,
     mig_pending: bool,
+    persistence: bool,
+    load: Load,
     gpu_instances: Vec<GiReport>,
 }
 
@@ -44,6 +46,7 @@ struct GiReport {
     cap_minor: u32,
     birth: u32,
     held: bool,
+    load: Load,
     compute_instances: Vec<CiReport>,
 }
 
@@ -56,6 +59,7 @@ struct CiReport {
     cap_minor: u32,
     birth: u32,
     uuid: String,
+    load: Load,
 }
 
 impl Report {
@@ -112,6 +116,7 @@ fn gpu(config: &Config, state: &State, index: usize) -> Option<GpuReport> {
                 cap_minor: ci_cap_minor(fixed.minor, gi.id, ci.id),
                 birth: ci.birth,
                 uuid: config.mig_uuid(index, gi.id, ci.id),
+                load: ci.load,
             })
         });
         Some(GiReport {
@@ -123,6 +128,7 @@ fn gpu(config: &Config, state: &State, index: usize) -> Option<GpuReport> {
             cap_minor: gi_cap_minor(fixed.minor, gi.id),
             birth: gi.birth,
             held: state.held(index, gi.id),
+            load: gi.load,
             compute_instances: compute_instances.collect(),
         })
     });
@@ -137,6 +143,8 @@ fn gpu(config: &Config, state: &State, index: usize) -> Option<GpuReport> {
         id_map: fixed.id_map,
         mig_current: gpu.current,
         mig_pending: gpu.pending,
+        persistence: gpu.persistence,
+        load: gpu.load,
         gpu_instances: gpu_instances.collect(),
     })
 }

@@ -2,7 +2,7 @@
 
 use crate::board::{Board, CiProfile, Engines, GiProfile, ModeRule, Span};
 use crate::code::{Code, Outcome};
-use crate::state::{AmpereReset, Ci, Config, Gi, Gpu, IdMap, State};
+use crate::state::{AmpereReset, Ci, Config, Gi, Gpu, IdMap, Load, State};
 
 /// Most compute instances of one GPU instance: ids 0 to 7.
 pub const MAX_CIS: u32 = 8;
@@ -107,7 +107,7 @@ pub fn create_gi(config: &Config, state: &mut State, index: usize, id: u32, at: 
     .ok_or(Code::INSUFFICIENT_RESOURCES)?;
     let id = gi_id(board.grid, fixed.id_map, span).ok_or(Code::UNKNOWN)?;
     state.births += 1;
-    gpu.gis.push(Gi { id, profile: profile.id, span, birth: state.births, cis: Vec::new() });
+    gpu.gis.push(Gi { id, profile: profile.id, span, birth: state.births, cis: Vec::new(), load: Load::default() });
     gpu.gis.sort_by_key(|gi| gi.id);
     Ok(id)
 }
@@ -173,7 +173,7 @@ pub fn create_ci(config: &Config, state: &mut State, index: usize, gi: u32, id: 
     .ok_or(Code::INSUFFICIENT_RESOURCES)?;
     let id = (0..MAX_CIS).find(|id| gi.cis.iter().all(|ci| ci.id != *id)).ok_or(Code::INSUFFICIENT_RESOURCES)?;
     state.births += 1;
-    gi.cis.push(Ci { id, profile: profile.id, span, birth: state.births });
+    gi.cis.push(Ci { id, profile: profile.id, span, birth: state.births, load: Load::default() });
     gi.cis.sort_by_key(|ci| ci.id);
     Ok(id)
 }
@@ -227,6 +227,7 @@ pub fn set_mode(config: &Config, state: &mut State, index: usize, on: bool) -> O
 pub fn reset(state: &mut State, index: usize) -> Outcome<()> {
     let gpu = state.gpus.get_mut(index).ok_or(Code::INVALID_ARGUMENT)?;
     gpu.gis.clear();
+    gpu.load = Load::default();
     gpu.current = gpu.pending;
     state.holds.retain(|hold| hold.gpu != index);
     Ok(())
@@ -265,8 +266,7 @@ mod tests {
             boards: vec![board(key)],
             gpus: vec![GpuConfig { board: 0, uuid: "GPU-x".into(), minor: 0, bus: 7, serial: "1".into(), id_map }],
         };
-        let state =
-            State { births: 0, gpus: vec![Gpu { current: true, pending: true, gis: Vec::new() }], holds: Vec::new() };
+        let state = State { births: 0, gpus: vec![Gpu::new(true)], holds: Vec::new() };
         (config, state)
     }
 
@@ -398,15 +398,15 @@ mod tests {
     #[test]
     fn clients_and_children_keep_an_instance_in_use() {
         let (config, mut state) = machine("a100-sxm4-40gb", Canonical);
-        state.holds.push(Hold { gpu: 0, gi: None, pid: None });
+        state.holds.push(Hold { gpu: 0, gi: None, pid: None, memory_mib: None });
         assert_eq!(create_gi(&config, &mut state, 0, 19, None), Err(Code::IN_USE));
         state.holds.clear();
         let gi = create_gi(&config, &mut state, 0, 19, None).unwrap();
-        state.holds.push(Hold { gpu: 0, gi: None, pid: None });
+        state.holds.push(Hold { gpu: 0, gi: None, pid: None, memory_mib: None });
         assert_eq!(create_gi(&config, &mut state, 0, 19, None), Ok(11));
         create_ci(&config, &mut state, 0, gi, 0, None).unwrap();
         assert_eq!(destroy_gi(&mut state, 0, gi), Err(Code::IN_USE));
-        state.holds.push(Hold { gpu: 0, gi: Some(gi), pid: None });
+        state.holds.push(Hold { gpu: 0, gi: Some(gi), pid: None, memory_mib: None });
         assert_eq!(destroy_ci(&mut state, 0, gi, 0), Err(Code::IN_USE));
         state.holds.clear();
         assert_eq!(destroy_ci(&mut state, 0, gi, 0), Ok(()));

@@ -150,6 +150,20 @@ pub fn ci_cap_minor(gpu_minor: u32, gi: u32, ci: u32) -> u32 {
     gi_cap_minor(gpu_minor, gi) + 1 + ci
 }
 
+/// What a GPU or an instance is said to be doing. Instances that go take it with them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Load {
+    /// Memory in use, in MiB.
+    pub memory_mib: u64,
+    /// Percent of the multiprocessors that are busy.
+    pub sm: u32,
+    /// Percent of the memory bandwidth.
+    pub dram: u32,
+    /// Uncorrected volatile errors of its SRAM.
+    pub ecc: u64,
+}
+
 /// A compute instance.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Ci {
@@ -161,6 +175,9 @@ pub struct Ci {
     pub span: Span,
     /// Tells it from its predecessors at the same place.
     pub birth: u32,
+    /// What it is doing.
+    #[serde(default)]
+    pub load: Load,
 }
 
 /// A GPU instance.
@@ -176,6 +193,9 @@ pub struct Gi {
     pub birth: u32,
     /// Its compute instances, by id.
     pub cis: Vec<Ci>,
+    /// What it is doing beside them.
+    #[serde(default)]
+    pub load: Load,
 }
 
 /// The changing part of one GPU.
@@ -187,9 +207,24 @@ pub struct Gpu {
     pub pending: bool,
     /// Its GPU instances, by id.
     pub gis: Vec<Gi>,
+    /// Persistence mode.
+    #[serde(default = "on")]
+    pub persistence: bool,
+    /// What it is doing beside them.
+    #[serde(default)]
+    pub load: Load,
+}
+
+fn on() -> bool {
+    true
 }
 
 impl Gpu {
+    /// A GPU without instances.
+    pub fn new(mig: bool) -> Self {
+        Self { current: mig, pending: mig, gis: Vec::new(), persistence: true, load: Load::default() }
+    }
+
     /// The GPU instance with this id.
     pub fn gi(&self, id: u32) -> Option<&Gi> {
         self.gis.iter().find(|gi| gi.id == id)
@@ -205,6 +240,9 @@ pub struct Hold {
     pub gi: Option<u32>,
     /// Not listed as a process when absent.
     pub pid: Option<u32>,
+    /// Memory of that process in MiB; a 64th of the GPU's when absent.
+    #[serde(default)]
+    pub memory_mib: Option<u64>,
 }
 
 /// The changing part of a machine.

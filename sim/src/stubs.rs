@@ -95,13 +95,11 @@ exports! {
     fn nvmlDeviceGetComputeMode() |_call| { refuse() }
     fn nvmlDeviceGetDramEncryptionMode() |_call| { refuse() }
     fn nvmlDeviceSetDramEncryptionMode() |_call| { refuse() }
-    fn nvmlDeviceGetEccMode() |_call| { refuse() }
     fn nvmlDeviceGetDefaultEccMode() |_call| { refuse() }
     fn nvmlDeviceGetBoardId() |_call| { refuse() }
     fn nvmlDeviceGetMultiGpuBoard() |_call| { refuse() }
     fn nvmlDeviceGetTotalEccErrors() |_call| { refuse() }
     fn nvmlDeviceGetDetailedEccErrors() |_call| { refuse() }
-    fn nvmlDeviceGetMemoryErrorCounter() |_call| { refuse() }
     fn nvmlDeviceGetEncoderUtilization() |_call| { refuse() }
     fn nvmlDeviceGetEncoderCapacity() |_call| { refuse() }
     fn nvmlDeviceGetEncoderStats() |_call| { refuse() }
@@ -296,12 +294,7 @@ exports! {
     fn nvmlGetExcludedDeviceCount() |_call| { refuse() }
     fn nvmlGetExcludedDeviceInfoByIndex() |_call| { refuse() }
     fn nvmlDeviceReadWritePRM_v1() |_call| { refuse() }
-    fn nvmlGpmMetricsGet() |_call| { refuse() }
-    fn nvmlGpmSampleFree() |_call| { refuse() }
-    fn nvmlGpmSampleAlloc() |_call| { refuse() }
     fn nvmlGpmSampleGet() |_call| { refuse() }
-    fn nvmlGpmMigSampleGet() |_call| { refuse() }
-    fn nvmlGpmQueryDeviceSupport() |_call| { refuse() }
     fn nvmlGpmQueryIfStreamingEnabled() |_call| { refuse() }
     fn nvmlGpmSetStreamingEnabled() |_call| { refuse() }
     fn nvmlDeviceGetCapabilities() |_call| { refuse() }

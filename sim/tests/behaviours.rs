@@ -520,6 +520,139 @@ fn a_held_instance_is_in_use_whether_or_not_a_process_is_listed() {
     assert!(!sim.try_cli("hold", &["--gpu", "0", "--gi", "7"]).status.success());
 }
 
+/// Used and total memory in MiB, told alike by both calls.
+fn memory(lib: &Lib, device: nvmlDevice_t) -> (u64, u64) {
+    let mut old: nvmlMemory_t = zeroed();
+    assert_eq!(call!(lib, nvmlDeviceGetMemoryInfo(device, &mut old)), SUCCESS);
+    let mut new = nvmlMemory_v2_t { version: 0x0200_0028, ..zeroed() };
+    assert_eq!(call!(lib, nvmlDeviceGetMemoryInfo_v2(device, &mut new)), SUCCESS);
+    assert_eq!((old.used, old.total, old.free), (new.used, new.total, new.free));
+    assert_eq!(old.used + old.free, old.total);
+    (old.used >> 20, old.total >> 20)
+}
+
+/// An error counter: type, counter, location as numbered in nvml.h.
+fn errors(lib: &Lib, device: nvmlDevice_t, kind: u32, counter: u32, place: u32) -> Answer<u64> {
+    let mut count = 99;
+    match call!(lib, nvmlDeviceGetMemoryErrorCounter(device, kind, counter, place, &mut count)) {
+        SUCCESS => Ok(count),
+        code => Err(code),
+    }
+}
+
+const UNCORRECTED: u32 = 1;
+const VOLATILE: u32 = 0;
+const DRAM: u32 = 2;
+const SRAM: u32 = 7;
+
+#[test]
+fn memory_is_shared_within_an_instance_and_summed_on_its_gpu() {
+    need_root!();
+    let sim = Sim::one(A100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let gi = lib.create_gi(gpu, 9).unwrap();
+    lib.create_ci(gi, 0).unwrap();
+    lib.create_ci(gi, 0).unwrap();
+    let (first, second) = (lib.mig(gpu, 0).unwrap(), lib.mig(gpu, 1).unwrap());
+    let (id, total) = (lib.gi_info(gi).unwrap().id.to_string(), memory(&lib, first).1);
+    assert_eq!((memory(&lib, first), memory(&lib, gpu).0), ((0, 40192), 0));
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--memory", "1000"]);
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--ci", "1", "--memory", "500"]);
+    sim.cli("hold", &["--gpu", "0", "--gi", &id, "--pid", "7", "--memory", "250"]);
+    sim.cli("hold", &["--gpu", "0", "--gi", &id]);
+    assert_eq!((memory(&lib, first), memory(&lib, second)), ((1750, total), (1750, total)));
+    sim.cli("load", &["--gpu", "0", "--memory", "100"]);
+    assert_eq!(memory(&lib, gpu), (1850, 81920));
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--memory", "99999"]);
+    assert_eq!(memory(&lib, first), (total, total), "no more than there is");
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--off"]);
+    assert_eq!(memory(&lib, first).0, 750);
+    sim.cli("unhold", &["--gpu", "0", "--gi", &id]);
+    sim.cli("destroy", &["--gpu", "0", "--gi", &id]);
+    assert_eq!(memory(&lib, gpu).0, 100, "an instance takes its figures with it");
+    lib.create_ci(lib.create_gi(gpu, 9).unwrap(), 2).unwrap();
+    assert_eq!(memory(&lib, lib.mig(gpu, 0).unwrap()).0, 0);
+    assert!(!sim.try_cli("load", &["--gpu", "0", "--gi", &id, "--ci", "5", "--sm", "1"]).status.success());
+    assert!(!sim.try_cli("load", &["--gpu", "0"]).status.success(), "no figure");
+}
+
+#[test]
+fn errors_are_counted_for_a_mig_device_outside_dram_and_for_a_gpu_with_mig_off() {
+    need_root!();
+    let sim = Sim::one(H100);
+    let lib = sim.client();
+    let gpu = lib.gpu(0);
+    let gi = lib.create_gi(gpu, 19).unwrap();
+    let ci = lib.create_ci(gi, 0).unwrap();
+    let mig = lib.ci_info(ci).unwrap().device;
+    let id = lib.gi_info(gi).unwrap().id.to_string();
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--ecc", "3"]);
+    assert_eq!(errors(&lib, mig, UNCORRECTED, VOLATILE, SRAM), Ok(3));
+    for (kind, counter, place) in [(0, VOLATILE, SRAM), (UNCORRECTED, 1, SRAM), (UNCORRECTED, VOLATILE, DRAM)] {
+        assert_eq!(errors(&lib, mig, kind, counter, place), Err(NOT_SUPPORTED));
+    }
+    assert_eq!(errors(&lib, gpu, UNCORRECTED, VOLATILE, SRAM), Err(NOT_SUPPORTED), "MIG is on");
+    assert_eq!((lib.destroy_ci(ci), lib.destroy_gi(gi)), (SUCCESS, SUCCESS));
+    assert_eq!(lib.set_mode(gpu, 0), Ok(0));
+    sim.cli("load", &["--gpu", "0", "--ecc", "5"]);
+    assert_eq!(errors(&lib, gpu, UNCORRECTED, VOLATILE, SRAM), Ok(5));
+    assert_eq!(errors(&lib, gpu, UNCORRECTED, VOLATILE, DRAM), Ok(0));
+    let mut mode = 9;
+    assert_eq!((call!(lib, nvmlDeviceGetPersistenceMode(gpu, &mut mode)), mode), (SUCCESS, 1));
+    sim.cli("persistence", &["--gpu", "0", "off"]);
+    assert_eq!((call!(lib, nvmlDeviceGetPersistenceMode(gpu, &mut mode)), mode), (SUCCESS, 0));
+}
+
+#[test]
+fn two_samples_of_an_instance_tell_its_utilisation_from_hopper_on() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", H100, "--gpu", A100]);
+    let lib = sim.client();
+    let support = |gpu| {
+        let mut support = nvmlGpmSupport_t { version: 1, isSupportedDevice: 9 };
+        assert_eq!(call!(lib, nvmlGpmQueryDeviceSupport(gpu, &mut support)), SUCCESS);
+        support.isSupportedDevice
+    };
+    let (hopper, ampere) = (lib.gpu(0), lib.gpu(1));
+    assert_eq!((support(hopper), support(ampere)), (1, 0));
+    let sample = || {
+        let mut sample = null_mut();
+        assert_eq!(call!(lib, nvmlGpmSampleAlloc(&mut sample)), SUCCESS);
+        sample
+    };
+    let (before, after) = (sample(), sample());
+    let made = [hopper, ampere].map(|gpu| lib.gi_info(lib.create_gi(gpu, 19).unwrap()).unwrap().id);
+    assert_eq!(call!(lib, nvmlGpmMigSampleGet(ampere, made[1], before)), NOT_SUPPORTED);
+    assert_eq!(call!(lib, nvmlGpmMigSampleGet(hopper, 0, before)), INVALID_ARGUMENT, "no such instance");
+    let mut request: nvmlGpmMetricsGet_t = zeroed();
+    (request.version, request.numMetrics, request.sample1, request.sample2) = (1, 3, before, after);
+    for (metric, id) in request.metrics.iter_mut().zip([2, 10, 3]) {
+        metric.metricId = id;
+    }
+    assert_eq!(call!(lib, nvmlGpmMetricsGet(&mut request)), INVALID_ARGUMENT, "nothing was sampled");
+    let id = made[0].to_string();
+    assert_eq!(call!(lib, nvmlGpmMigSampleGet(hopper, made[0], before)), SUCCESS);
+    sim.cli("load", &["--gpu", "0", "--gi", &id, "--sm", "80", "--dram", "30"]);
+    assert_eq!(call!(lib, nvmlGpmMigSampleGet(hopper, made[0], after)), SUCCESS);
+    assert_eq!(call!(lib, nvmlGpmMetricsGet(&mut request)), SUCCESS);
+    let told = [0, 1, 2].map(|n: usize| (request.metrics[n].nvmlReturn, request.metrics[n].value));
+    assert_eq!(told, [(SUCCESS, 40.0), (SUCCESS, 15.0), (NOT_SUPPORTED, 0.0)]);
+    assert_eq!(call!(lib, nvmlGpmSampleFree(before)), SUCCESS);
+    assert_eq!(call!(lib, nvmlGpmSampleFree(before)), INVALID_ARGUMENT, "it is gone");
+    assert_eq!(call!(lib, nvmlGpmMetricsGet(&mut request)), INVALID_ARGUMENT);
+}
+
+#[test]
+fn a_state_without_figures_is_read() {
+    let sim = Sim::one(A100);
+    let state = sim.dir().join("usr/lib/nvml-sim/state.json");
+    fs::write(&state, r#"{"births":0,"gpus":[{"current":true,"pending":true,"gis":[]}],"holds":[]}"#).unwrap();
+    let lib = sim.client();
+    assert_eq!(memory(&lib, lib.gpu(0)), (0, 81920));
+    assert_eq!(sim.json("show")["gpus"][0]["persistence"], true);
+}
+
 #[test]
 fn a_fault_fails_the_calls_it_was_told_to() {
     need_root!();

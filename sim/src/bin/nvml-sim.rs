@@ -14,9 +14,10 @@ use nvidia_ml::calls;
 use nvidia_ml::code::Code;
 use nvidia_ml::fault::{Action, Fault, Latency, MAX_FAULTS, Scope, matches};
 use nvidia_ml::layout::{self, LIBRARY_DIR, Spec};
+use nvidia_ml::load;
 use nvidia_ml::report::{Orders, Report};
 use nvidia_ml::rules;
-use nvidia_ml::state::{AmpereReset, Hold, IdMap, UuidFormat};
+use nvidia_ml::state::{AmpereReset, Gpu, Hold, IdMap, Load, UuidFormat};
 use nvidia_ml::store::{Error, Machine};
 
 const BOARDS: &str = include_str!("../../boards.json");
@@ -126,6 +127,9 @@ enum Command {
         /// List this process as the client; without it none is listed.
         #[arg(long)]
         pid: Option<u32>,
+        /// GPU memory that the process has, in MiB; a 64th of the GPU's by default.
+        #[arg(long, requires = "pid", value_name = "MIB")]
+        memory: Option<u64>,
     },
     /// Let go of what `hold` keeps busy: all clients of the instance, or of the whole GPU without --gi.
     Unhold {
@@ -134,6 +138,40 @@ enum Command {
         gpu: usize,
         #[arg(long)]
         gi: Option<u32>,
+    },
+    /// Say what a GPU, a GPU instance or a compute instance is doing. What is not given stays as it is.
+    #[command(group = ArgGroup::new("figure").required(true).multiple(true))]
+    Load {
+        dir: PathBuf,
+        #[arg(long)]
+        gpu: usize,
+        #[arg(long)]
+        gi: Option<u32>,
+        #[arg(long, requires = "gi")]
+        ci: Option<u32>,
+        /// Memory in use, in MiB.
+        #[arg(long, group = "figure", value_name = "MIB")]
+        memory: Option<u64>,
+        /// Multiprocessors that are busy, in percent.
+        #[arg(long, group = "figure", value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(..=100))]
+        sm: Option<u32>,
+        /// Memory bandwidth in use, in percent.
+        #[arg(long, group = "figure", value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(..=100))]
+        dram: Option<u32>,
+        /// Uncorrected volatile memory errors of its SRAM.
+        #[arg(long, group = "figure", value_name = "N")]
+        ecc: Option<u64>,
+        /// First set all of them to nought.
+        #[arg(long, group = "figure")]
+        off: bool,
+    },
+    /// Set the persistence mode of a GPU.
+    Persistence {
+        dir: PathBuf,
+        #[arg(long)]
+        gpu: usize,
+        #[arg(value_enum)]
+        mode: Switch,
     },
     /// Make a call go wrong, counted from now over all processes.
     #[command(group = ArgGroup::new("action").required(true))]
@@ -319,9 +357,9 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Make { dir, gpu, profile, start, no_ci, json } => make(&dir, gpu, &profile, start, no_ci, json),
         Command::Destroy { dir, gpu, gi } => destroy(&dir, gpu, gi),
-        Command::Hold { dir, gpu, gi, pid } => {
+        Command::Hold { dir, gpu, gi, pid, memory } => {
             open_instance(&dir, gpu, gi)?.change(|_, state| {
-                state.holds.push(Hold { gpu, gi, pid });
+                state.holds.push(Hold { gpu, gi, pid, memory_mib: memory });
                 Ok(())
             })?;
             Ok(())
@@ -335,6 +373,19 @@ fn run(command: Command) -> Result<()> {
             ensure!(let_go > 0, "nothing holds {}; `nvml-sim show {}` lists holds", target(gpu, gi), dir.display());
             Ok(())
         }
+        Command::Load { dir, gpu, gi, ci, memory, sm, dram, ecc, off } => {
+            let set = |load: &mut Load| {
+                if off {
+                    *load = Load::default();
+                }
+                load::set(load, memory, sm, dram, ecc);
+            };
+            change_load(&dir, gpu, gi, ci, set)
+        }
+        Command::Persistence { dir, gpu, mode } => Ok(open_gpu(&dir, gpu)?.change(|_, state| {
+            state.gpus[gpu].persistence = mode == Switch::On;
+            Ok(())
+        })?),
         Command::Fault { dir, call, nth, times, fail, delay_ms, kill } => {
             known_call(&call)?;
             let action = match (fail, delay_ms, kill) {
@@ -436,6 +487,22 @@ fn open_instance(dir: &Path, gpu: usize, gi: Option<u32>) -> Result<Machine> {
     let found = gi.is_none_or(|gi| machine.snapshot().is_ok_and(|now| now.state.gpus[gpu].gi(gi).is_some()));
     ensure!(found, "there is no {}; `nvml-sim show {}` lists the instances", target(gpu, gi), dir.display());
     Ok(machine)
+}
+
+fn change_load(dir: &Path, gpu: usize, gi: Option<u32>, ci: Option<u32>, set: impl Fn(&mut Load)) -> Result<()> {
+    let machine = open_instance(dir, gpu, gi)?;
+    let changed = machine.change(|_, state| load_of(&mut state.gpus[gpu], gi, ci).map(&set).ok_or(Code::NOT_FOUND));
+    changed.with_context(|| match ci {
+        Some(ci) => format!("there is no compute instance {ci} in {}", target(gpu, gi)),
+        None => format!("{} is as it was", target(gpu, gi)),
+    })
+}
+
+fn load_of(gpu: &mut Gpu, gi: Option<u32>, ci: Option<u32>) -> Option<&mut Load> {
+    let Some(gi) = gi else { return Some(&mut gpu.load) };
+    let gi = gpu.gis.iter_mut().find(|known| known.id == gi)?;
+    let Some(ci) = ci else { return Some(&mut gi.load) };
+    gi.cis.iter_mut().find(|known| known.id == ci).map(|ci| &mut ci.load)
 }
 
 fn target(gpu: usize, gi: Option<u32>) -> String {
