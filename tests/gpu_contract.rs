@@ -374,7 +374,7 @@ fn readings_tell_what_runs_and_nothing_that_the_driver_does_not_tell() {
     let devices = gpu.devices().unwrap();
     let made = devices.iter().map(|device| {
         let made = cut(&gpu, device, "1g.10gb", 0).unwrap();
-        let uuid = gpu.create_compute(&device.uuid, made.id).unwrap().uuid;
+        let uuid = gpu.create_compute(&device.uuid, made.id, None).unwrap().uuid;
         let index = device.index.to_string();
         let (figures, id) = (["--memory", "700", "--sm", "60", "--dram", "20", "--ecc", "2"], made.id.to_string());
         machine.sim(&[&["load", "--gpu", &index, "--gi", &id][..], &figures].concat());
