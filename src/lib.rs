@@ -9,7 +9,8 @@
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
 //! pure       request  cut  profile  placement  lease  inventory  edits  cdi no file, no process, no clock
-//! edges      gpu  store  host  bundle  runtime  config  container  cdi_file one machine each; never import the engine or each other
+//! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
+//!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
 //! ```
 //!
@@ -52,6 +53,8 @@ pub mod host;
 pub mod inventory;
 #[cfg(feature = "engine")]
 pub mod lease;
+#[cfg(feature = "engine")]
+pub mod names;
 #[cfg(feature = "engine")]
 pub mod placement;
 #[cfg(feature = "engine")]

@@ -10,7 +10,7 @@ const ROWS: [(&str, &[&str], bool); 5] = [
     ("ways in", &["cli", "hook", "classic", "shim", "report"], true),
     ("engine", &["engine"], false),
     ("pure", &["request", "cut", "profile", "placement", "lease", "inventory", "edits", "cdi"], true),
-    ("edges", &["gpu", "store", "host", "bundle", "runtime", "config", "container", "cdi_file"], false),
+    ("edges", &["gpu", "store", "host", "names", "bundle", "runtime", "config", "container", "cdi_file"], false),
     ("start", &["first", "handover"], true),
 ];
 
