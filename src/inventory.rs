@@ -87,7 +87,7 @@ fn gpu<'a>(device: &'a Device, leases: &'a [Lease]) -> Gpu<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{ComputeInstance, MigMode, Placement, ProfileId};
+    use crate::gpu::{ComputeInstance, Engines, MigMode, Placement, ProfileId};
     use crate::lease::{Way, tests::lease};
 
     fn device(starts: &[u32]) -> Device {
@@ -112,6 +112,8 @@ mod tests {
                 slices: 1,
                 memory_mib: 9728,
                 sms: 14,
+                engines: Engines::default(),
+                p2p: false,
                 max_instances: 7,
                 placements: (0..7).map(placement).collect(),
             }],

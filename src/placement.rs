@@ -665,7 +665,7 @@ fn small_for_several<'a>(boards: &[Board<'a>], windows: &[Vec<Window>], wants: &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{Instance, MigMode};
+    use crate::gpu::{Engines, Instance, MigMode};
     use proptest::prelude::*;
 
     /// Id, name, compute slices, MiB, limit, size in memory slices, starts.
@@ -704,6 +704,8 @@ mod tests {
             slices: row.2,
             memory_mib: row.3,
             sms: 14 * row.2,
+            engines: Engines::default(),
+            p2p: false,
             max_instances: row.4,
             placements: row.6.iter().map(|start| Placement { start: *start, size: row.5 }).collect(),
         };

@@ -218,7 +218,7 @@ fn offer(device: &Device, s: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::ProfileId;
+    use crate::gpu::{Engines, ProfileId};
     use proptest::prelude::*;
 
     fn device(index: u32, name: &str, profiles: &[(&str, u32, u64)]) -> Device {
@@ -237,6 +237,8 @@ mod tests {
                     slices: *slices,
                     memory_mib: *memory_mib,
                     sms: 14 * slices,
+                    engines: Engines::default(),
+                    p2p: false,
                     max_instances: 1,
                     placements: Vec::new(),
                 })

@@ -74,6 +74,8 @@ pub(super) struct GpuInstanceProfile {
     pub slices: u32,
     pub max_instances: u32,
     pub sms: u32,
+    pub engines: Engines,
+    pub p2p: bool,
     pub memory_mib: u64,
     /// As reported, with the prefix `MIG `; `None` from a driver that knows only the first version of the struct.
     pub name: Option<String>,
@@ -105,6 +107,19 @@ struct Function<F> {
 macro_rules! function {
     ($library:expr, $name:ident) => {
         $library.function(stringify!($name), &$library.nvml.lib().$name)?
+    };
+}
+
+/// The engine counts of one of the structs for GPU-instance profiles, which have no type in common.
+macro_rules! engines {
+    ($info:expr) => {
+        Engines {
+            copy: $info.copyEngineCount,
+            decoders: $info.decoderCount,
+            encoders: $info.encoderCount,
+            jpeg: $info.jpegCount,
+            ofa: $info.ofaCount,
+        }
     };
 }
 
@@ -468,6 +483,8 @@ impl Library {
                     slices: info.sliceCount,
                     max_instances: info.instanceCount,
                     sms: info.multiprocessorCount,
+                    engines: engines!(info),
+                    p2p: info.isP2pSupported != 0,
                     memory_mib: info.memorySizeMB,
                     name: Some(text(&info.name)),
                 }))
@@ -493,6 +510,8 @@ impl Library {
             slices: info.sliceCount,
             max_instances: info.instanceCount,
             sms: info.multiprocessorCount,
+            engines: engines!(info),
+            p2p: info.isP2pSupported != 0,
             memory_mib: info.memorySizeMB,
             name: None,
         }))

@@ -54,6 +54,10 @@ pub struct Profile {
     pub memory_mib: u64,
     /// Streaming multiprocessors.
     pub sms: u32,
+    /// Engines beside them.
+    pub engines: Engines,
+    /// Whether its instances may reach other GPUs' memory (P2P).
+    pub p2p: bool,
     /// How many may exist at once on this GPU (`instanceCount`).
     pub max_instances: u32,
     /// Every placement that this GPU allows for it, occupied or not, ascending by start.
@@ -225,6 +229,17 @@ pub struct Engines {
     pub ofa: u32,
 }
 
+/// A way to give a part of a GPU instance to a compute instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// Compute slices (the `1` of `1c`).
+    pub slices: u32,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// How many such parts there may be in one GPU instance.
+    pub max_instances: u32,
+}
+
 /// The performance counters of a GPU instance at one moment; two of them make a [`Utilisation`]. The driver's buffer is
 /// freed with it.
 #[derive(Debug)]
@@ -326,6 +341,8 @@ pub trait Gpu: std::fmt::Debug {
     fn processes(&self, gpu: &str) -> Result<Vec<GpuProcess>, GpuError>;
     /// Asks for MIG mode on or off. Needs root, and no client on the GPU.
     fn set_mig_mode(&self, gpu: &str, on: bool) -> Result<Activation, GpuError>;
+    /// The ways in which a GPU instance may be shared by compute instances, the largest first.
+    fn splits(&self, gpu: &str, instance: u32) -> Result<Vec<Split>, GpuError>;
     /// MIG devices of one GPU in index order, as every user may list them; none where MIG is off or the driver too old.
     fn mig_devices(&self, gpu: &str) -> Result<Vec<MigDevice>, GpuError>;
     /// What the GPU or MIG device of that UUID tells of itself.

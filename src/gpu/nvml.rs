@@ -11,7 +11,7 @@ use super::ffi::{FUNCTION_NOT_FOUND, INVALID_ARGUMENT, NOT_SUPPORTED, VERSION_MI
 use super::{
     Activation, ComputeInstance, Device, Gpu, GpuError, GpuProcess, Instance, MigMode, Placement, Profile, ProfileId,
 };
-use super::{MigDevice, Reading, Sample, Utilisation};
+use super::{MigDevice, Reading, Sample, Split, Utilisation};
 
 /// Enum indices probed for GPU-instance profiles: past the 17 of NVML 13.0, so that a newer driver's are found.
 const GPU_INSTANCE_PROFILES: u32 = 32;
@@ -234,6 +234,16 @@ impl Gpu for Nvml {
         library.set_mig_mode(&library.device_by_uuid(gpu)?, on)
     }
 
+    fn splits(&self, gpu: &str, instance: u32) -> Result<Vec<Split>, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        let instance = library.gpu_instance_by_id(&device, instance)?;
+        let profile = library.gpu_instance_info(&instance)?.profile;
+        let offered = self.offer(library, &device, gpu)?.compute_profiles(library, &instance, profile)?;
+        let split = |p: &ComputeProfile| Split { slices: p.slices, sms: p.sms, max_instances: p.max_instances };
+        Ok(offered.iter().map(split).collect())
+    }
+
     fn mig_devices(&self, gpu: &str) -> Result<Vec<MigDevice>, GpuError> {
         let library = self.library()?;
         let device = library.device_by_uuid(gpu)?;
@@ -330,6 +340,8 @@ fn read_profiles(library: &Library, device: &DeviceHandle<'_>) -> Result<Vec<Pro
             slices: offered.slices,
             memory_mib: offered.memory_mib,
             sms: offered.sms,
+            engines: offered.engines,
+            p2p: offered.p2p,
             max_instances: offered.max_instances,
             placements,
         });
@@ -431,12 +443,14 @@ fn profile_name(index: u32, profile: &GpuInstanceProfile, total_bytes: u64) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::Engines;
 
     #[test]
     fn names_are_those_that_newer_drivers_report() {
         let name = |index, slices, memory_mib, total_mib: u64| {
-            let profile =
-                GpuInstanceProfile { id: ProfileId(0), slices, max_instances: 1, sms: 0, memory_mib, name: None };
+            let (engines, p2p) = (Engines::default(), false);
+            let (id, max_instances, sms, name) = (ProfileId(0), 1, 0, None);
+            let profile = GpuInstanceProfile { id, slices, max_instances, sms, engines, p2p, memory_mib, name };
             profile_name(index, &profile, total_mib << 20)
         };
         // A100-SXM4-40GB, A100-SXM4-80GB, H100 80GB HBM3, A30.
