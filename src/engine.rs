@@ -15,7 +15,7 @@ use crate::first::index_name;
 use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
 use crate::host::{self, Host, HostError, PidFile};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
-use crate::request::{Request, Want};
+use crate::request::Request;
 use crate::runtime;
 use crate::store::{Lock, Store, StoreError};
 
@@ -140,6 +140,16 @@ enum Obstacle {
     Held(String),
 }
 
+/// What a slice's end takes.
+enum ToDestroy {
+    /// Nothing is there, or nothing is ours.
+    Nothing,
+    /// Something is in the way.
+    Not(Obstacle),
+    /// This GPU instance, with its compute instances.
+    Instance(Instance),
+}
+
 impl<'a> Engine<'a> {
     /// Opens the state; touches neither lock nor GPU.
     pub fn open(settings: &'a Settings, gpu: &'a dyn Gpu) -> Result<Engine<'a>, Failure> {
@@ -147,9 +157,15 @@ impl<'a> Engine<'a> {
         Ok(Engine { settings, store, host: host_of(settings), gpu })
     }
 
+    /// The same to look only: makes nothing, and finds no leases where there is no state.
+    pub fn look(settings: &'a Settings, gpu: &'a dyn Gpu) -> Engine<'a> {
+        Engine { settings, store: Store::at(&settings.state_dir), host: host_of(settings), gpu }
+    }
+
     /// Gives what `request` asks for to `holder`, all of it or nothing.
     pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
-        let outcome = self.check_limits(request).and_then(|()| self.acquire_within_limits(request, holder));
+        let allowed = self.check_limits(request).map_err(Failure::from);
+        let outcome = allowed.and_then(|()| self.acquire_within_limits(request, holder));
         match &outcome {
             Ok(lease) => audit_grant(request, lease),
             Err(failure) => audit_refusal(holder, Some(request), &failure.to_string()),
@@ -179,19 +195,15 @@ impl<'a> Engine<'a> {
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
-            // What the driver said says more than that no GPU is left to try.
-            let usable = self.managed_devices().and_then(|devices| {
+            let chosen = self.managed_devices().and_then(|devices| {
                 self.drop_vanished(lock, &devices, &mut leases)?;
                 self.publish(lock, &devices, &leases);
-                self.usable_devices(devices, request, &unusable)
+                self.decide(devices, &leases, request, holder.uid, &unusable)
             });
-            let devices = match usable {
-                Err(refusal) => return Err(last.unwrap_or(refusal)),
-                Ok(devices) => devices,
-            };
-            let slices = match self.choose(&devices, &leases, request, holder.uid) {
-                Err(refusal) => return Err(last.unwrap_or(refusal)),
-                Ok(slices) => slices,
+            let slices = match chosen {
+                // What the driver said says more than that no GPU is left to try.
+                Err(unmet) => return Err(last.unwrap_or_else(|| unmet.into())),
+                Ok(chosen) => chosen.slices,
             };
             let mut lease = self.new_lease(holder, slices)?;
             self.store.put(lock, &lease.token, &lease)?;
@@ -280,27 +292,6 @@ impl<'a> Engine<'a> {
             reserved_for: None,
             slices,
         })
-    }
-
-    fn check_limits(&self, request: &Request) -> Result<(), Failure> {
-        let most = request.alternatives.iter().map(Vec::len).max().unwrap_or(0);
-        let limit = self.settings.slices_per_container;
-        let too_many = || format!("{request} asks for {most} slices; limits.slices_per_container allows {limit}");
-        if most > limit as usize {
-            return Err(Failure::NotAllowed(too_many()));
-        }
-        let Some(allowed) = &self.settings.profiles else { return Ok(()) };
-        let names = request.alternatives.iter().flatten().filter_map(|want| match want {
-            Want::Profile(name) => Some(name),
-            _ => None,
-        });
-        match names.into_iter().find(|name| !allowed.contains(name)) {
-            None => Ok(()),
-            Some(name) => {
-                let why = format!("profile {name} is not allowed here; limits.profiles allows {}", allowed.join(", "));
-                Err(Failure::NotAllowed(why))
-            }
-        }
     }
 
     /// Binds the container that was started with a lease. Fails, and so fails the container's create, when the lease is
@@ -392,14 +383,12 @@ impl<'a> Engine<'a> {
     /// One look at every lease, one try for each that is to go. An unreadable one stops us before anything is touched.
     fn reap(&self, lock: &Lock) -> Result<Vec<Action>, Failure> {
         let mut actions = Vec::new();
-        for mut lease in self.leases()? {
-            // A bundle that is back was only moved: the minute begins anew.
-            let back = lease.holder.bundle.as_deref().is_none_or(Path::exists)
-                && lease.holder.bundle_missing_boot_ms.take().is_some();
-            if self.learn_init(&mut lease) || back {
+        for lease in self.leases()? {
+            let (lease, news, verdict) = self.examine(lease);
+            if news {
                 self.store.put(lock, &lease.token, &lease)?;
             }
-            let action = match verdict(&lease, self.facts(&lease)) {
+            let action = match verdict {
                 Verdict::Keep(reason) => action(&lease, "kept", reason),
                 Verdict::Free(reason) => self.free(lock, lease, reason),
                 Verdict::Orphan => self.orphan(lock, lease)?,
@@ -407,6 +396,16 @@ impl<'a> Engine<'a> {
             actions.push(action);
         }
         Ok(actions)
+    }
+
+    /// A lease with what the world shows of its holder now, whether that is news, and what is to become of it.
+    fn examine(&self, mut lease: Lease) -> (Lease, bool, Verdict) {
+        // A bundle that is back was only moved: the minute begins anew.
+        let back = lease.holder.bundle.as_deref().is_none_or(Path::exists)
+            && lease.holder.bundle_missing_boot_ms.take().is_some();
+        let learned = self.learn_init(&mut lease);
+        let verdict = verdict(&lease, self.facts(&lease));
+        (lease, learned || back, verdict)
     }
 
     /// Every lease. Unreadable ones are an error: what we don't understand we leave alone, all of it.
@@ -463,25 +462,31 @@ impl<'a> Engine<'a> {
     /// runtime must agree, and the bundle must be missing twice, a minute apart.
     fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Action, Failure> {
         let now = host::boot_ms();
-        let holder = &mut lease.holder;
-        let since = *holder.bundle_missing_boot_ms.get_or_insert(now);
+        let since = *lease.holder.bundle_missing_boot_ms.get_or_insert(now);
         self.store.put(lock, &lease.token, &lease)?;
-        let holder = &lease.holder;
-        let waited = now.saturating_sub(since) >= ORPHAN_WAIT_MS;
-        let here = holder.mount_namespace == host::mount_namespace(std::process::id());
-        let (Some(program), Some(id)) = (&holder.runtime, &holder.container) else {
-            return Ok(action(&lease, "kept", "its bundle is gone, but which runtime started it is not known"));
-        };
-        if !waited || !here {
-            let later = "its bundle is gone; it is looked at again in a minute, from its mount namespace";
-            return Ok(action(&lease, "kept", later));
-        }
-        let root = holder.runtime_root.as_deref();
-        match runtime::status(program, root, id).as_deref() {
-            Some("created") if runtime::delete_force(program, root, id) => {
+        match self.abandoned(&lease, since) {
+            Err(why) => Ok(action(&lease, "kept", why)),
+            Ok((program, id)) if runtime::delete_force(program, lease.holder.runtime_root.as_deref(), id) => {
                 Ok(self.free(lock, lease, "it was created and abandoned by its engine"))
             }
-            _ => Ok(action(&lease, "kept", "its container is alive, though its bundle is gone")),
+            Ok(_) => Ok(action(&lease, "kept", "its container is abandoned, but its runtime does not delete it")),
+        }
+    }
+
+    /// The runtime and the id of a container whose bundle is missing `since` then, if it may be deleted; else why not.
+    fn abandoned<'l>(&self, lease: &'l Lease, since: u64) -> Result<(&'l Path, &'l str), &'static str> {
+        let holder = &lease.holder;
+        let waited = host::boot_ms().saturating_sub(since) >= ORPHAN_WAIT_MS;
+        let here = holder.mount_namespace == host::mount_namespace(std::process::id());
+        let (Some(program), Some(id)) = (&holder.runtime, &holder.container) else {
+            return Err("its bundle is gone, but which runtime started it is not known");
+        };
+        if !waited || !here {
+            return Err("its bundle is gone; it is looked at again in a minute, from its mount namespace");
+        }
+        match runtime::status(program, holder.runtime_root.as_deref(), id).as_deref() {
+            Some("created") => Ok((program, id)),
+            _ => Err("its container is alive, though its bundle is gone"),
         }
     }
 
@@ -524,23 +529,11 @@ impl<'a> Engine<'a> {
         recovering: bool,
     ) -> Result<Option<Obstacle>, Failure> {
         let slice = lease.slices[at].clone();
-        if matches!(slice.step, Step::Planned | Step::Gone) {
-            return Ok(None);
-        }
-        if !slice.ours {
-            // It stays, and the next one must find nobody in it.
-            let who = lease.held_by();
-            return Ok(self
-                .held(lease)
-                .then(|| Obstacle::Busy(format!("a process of {who} still lives or has it open"))));
-        }
-        let Some(instance) = self.still_ours(lease, at)? else { return Ok(None) };
-        if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
-            && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
-        {
-            let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
-            return Ok(Some(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
-        }
+        let instance = match self.to_destroy(lease, at, recovering)? {
+            ToDestroy::Nothing => return Ok(None),
+            ToDestroy::Not(obstacle) => return Ok(Some(obstacle)),
+            ToDestroy::Instance(instance) => instance,
+        };
         lease.slices[at].gi = Some(instance.id);
         for compute in &instance.compute {
             // Known for ours from here on, also to the run after a kill or a refusal.
@@ -561,6 +554,28 @@ impl<'a> Engine<'a> {
             other.step = Step::Gone;
         }
         Ok(None)
+    }
+
+    /// What there is to destroy of one slice, before anything is touched.
+    fn to_destroy(&self, lease: &Lease, at: usize, recovering: bool) -> Result<ToDestroy, Failure> {
+        let slice = &lease.slices[at];
+        if matches!(slice.step, Step::Planned | Step::Gone) {
+            return Ok(ToDestroy::Nothing);
+        }
+        if !slice.ours {
+            // It stays, and the next one must find nobody in it.
+            let who = lease.held_by();
+            let busy = || ToDestroy::Not(Obstacle::Busy(format!("a process of {who} still lives or has it open")));
+            return Ok(if self.held(lease) { busy() } else { ToDestroy::Nothing });
+        }
+        let Some(instance) = self.still_ours(lease, at)? else { return Ok(ToDestroy::Nothing) };
+        if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
+            && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
+        {
+            let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
+            return Ok(ToDestroy::Not(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
+        }
+        Ok(ToDestroy::Instance(instance))
     }
 
     /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
@@ -643,9 +658,7 @@ impl<'a> Engine<'a> {
 
     /// Whether somebody still stands behind a lease, so that its slices must stay.
     pub fn is_alive(&self, lease: &Lease) -> bool {
-        let mut lease = lease.clone();
-        self.learn_init(&mut lease);
-        matches!(verdict(&lease, self.facts(&lease)), Verdict::Keep(_) | Verdict::Orphan)
+        matches!(self.examine(lease.clone()).2, Verdict::Keep(_) | Verdict::Orphan)
     }
 
     /// Whether a lease's container is surely over: init dead and nothing left in its cgroup or with its devices open.

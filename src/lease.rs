@@ -277,10 +277,9 @@ impl Lease {
     pub fn held_by(&self) -> String {
         match (&self.holder.container, self.state) {
             (Some(id), _) => format!("container {}", short(id)),
-            (None, State::Static) => "nobody (kept)".into(),
+            (None, State::Static) => "migctl".into(),
             (None, State::Pending | State::Active) => "a container being created".into(),
-            (None, State::Releasing) => "a container that has ended".into(),
-            (None, State::Quarantined) => "nobody (quarantined)".into(),
+            (None, State::Releasing | State::Quarantined) => "a container that has ended".into(),
         }
     }
 }

@@ -181,8 +181,7 @@ impl NoPlace {
         };
         let who = |held: &Held| format!("{held} ({})", holder(held));
         for (n, holding) in self.holding.iter().enumerate() {
-            let held: Vec<String> = holding.held.iter().map(who).collect();
-            let held = if held.is_empty() { "nothing".to_owned() } else { held.join(", ") };
+            let held = counted(&holding.held, &holder);
             text += &format!("{} {} holds {held}", if n == 0 { ":" } else { ";" }, holding.label);
         }
         let sets: Vec<String> = self
@@ -198,10 +197,38 @@ impl NoPlace {
     }
 }
 
+/// Taken windows with their holders, those of one profile and one holder counted: `3g.40gb at 4:4 (container web), 2x
+/// 1g.10gb (kept)`.
+fn counted(held: &[Held], holder: impl Fn(&Held) -> String) -> String {
+    let mut groups: Vec<(usize, &Held, String)> = Vec::new();
+    for one in held {
+        let who = holder(one);
+        match groups.iter_mut().find(|(_, first, theirs)| first.profile == one.profile && *theirs == who) {
+            Some((count, ..)) => *count += 1,
+            None => groups.push((1, one, who)),
+        }
+    }
+    let shown = |(count, first, who): &(usize, &Held, String)| match count {
+        1 => format!("{first} ({who})"),
+        _ => format!("{count}x {} ({who})", first.name()),
+    };
+    match groups.is_empty() {
+        true => "nothing".to_owned(),
+        false => groups.iter().map(shown).collect::<Vec<_>>().join(", "),
+    }
+}
+
+impl Held {
+    /// Its profile, or what it is instead.
+    pub fn name(&self) -> &str {
+        self.profile.as_deref().unwrap_or("a reservation")
+    }
+}
+
 impl fmt::Display for Held {
     /// `2g.12gb at 0:2`: start, then size.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", self.profile.as_deref().unwrap_or("a reservation"), self.placement)
+        write!(f, "{} at {}", self.name(), self.placement)
     }
 }
 
@@ -911,6 +938,19 @@ mod tests {
         assert!(refused(&[], &["1g.6gb"]).explain(|_| String::new()).contains("no GPU"));
         let json = serde_json::to_string(&refusal).unwrap();
         assert_eq!(serde_json::from_str::<NoPlace>(&json).unwrap(), refusal);
+    }
+
+    #[test]
+    fn equal_slices_of_one_holder_are_counted() {
+        let ones = [("1g.10gb", 0), ("1g.10gb", 1), ("1g.10gb", 2), ("3g.40gb", 4)];
+        let holder = |held: &Held| if held.placement.start == 1 { "container web" } else { "kept" }.to_owned();
+        let text = refused(&[with(a100(0), &ones), with(a100(1), &[("7g.80gb", 0)])], &["7g.80gb"]).explain(holder);
+        assert_eq!(
+            text,
+            "no room for 7g.80gb: GPU 0 (NVIDIA A100-SXM4-80GB) holds 2x 1g.10gb (kept), 1g.10gb at 1:1 (container web), \
+             3g.40gb at 4:4 (kept); GPU 1 (NVIDIA A100-SXM4-80GB) holds 7g.80gb at 0:8 (kept); it would fit after the end \
+             of 7g.80gb at 0:8 (kept)"
+        );
     }
 
     #[test]

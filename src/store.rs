@@ -104,9 +104,33 @@ impl Store {
         Ok(Store { dir: dir.to_owned() })
     }
 
+    /// The directory wherever it is, to look at: nothing is made, and where it is missing there are no records.
+    pub fn at(dir: &Path) -> Store {
+        Store { dir: dir.to_owned() }
+    }
+
     /// An existing directory, to read from. `None` where there is no state yet.
     pub fn existing(dir: &Path) -> Option<Store> {
         dir.join("leases").is_dir().then(|| Store { dir: dir.to_owned() })
+    }
+
+    /// The lock if there is state at all.
+    pub fn lock_existing(&self, wait: Duration) -> Result<Option<Lock>, StoreError> {
+        match self.dir.join("leases").symlink_metadata() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error("look at", &self.dir)(e)),
+            Ok(_) => self.lock(wait).map(Some),
+        }
+    }
+
+    /// The boot that what is there belongs to.
+    pub fn boot(&self) -> Result<Option<String>, StoreError> {
+        let path = self.dir.join("boot_id");
+        match fs::read_to_string(&path) {
+            Ok(kept) => Ok(Some(kept.trim().to_owned())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error("read", &path)(e)),
+        }
     }
 
     /// Takes the lock, waiting at most `wait`.
@@ -140,21 +164,20 @@ impl Store {
 
     /// Forgets everything if the boot is another one: slices do not outlive a boot, and /run is not a tmpfs everywhere.
     pub fn begin_boot(&self, lock: &Lock, boot_id: &str) -> Result<(), StoreError> {
-        let path = self.dir.join("boot_id");
-        match fs::read_to_string(&path) {
-            Ok(kept) if kept.trim() == boot_id => return Ok(()),
-            Ok(_) => {
+        match self.boot()? {
+            Some(kept) if kept == boot_id => return Ok(()),
+            None => {}
+            Some(_) => {
                 for sub in ["leases", "index", "intents"] {
                     let dir = self.dir.join(sub);
                     for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
                         fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
                     }
                 }
+                self.unlink(lock, &self.dir.join("cordons.json"))?;
             }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(io_error("read", &path)(e)),
         }
-        self.write(lock, &path, format!("{boot_id}\n").as_bytes())
+        self.write(lock, &self.dir.join("boot_id"), format!("{boot_id}\n").as_bytes())
     }
 
     fn lease(&self, token: &str) -> PathBuf {
@@ -172,7 +195,10 @@ impl Store {
     /// Every token that has a record, in name order.
     pub fn tokens(&self) -> Result<Vec<String>, StoreError> {
         let dir = self.dir.join("leases");
-        let entries = fs::read_dir(&dir).map_err(io_error("list", &dir))?;
+        let entries = match fs::read_dir(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(io_error("list", &dir))?,
+        };
         let token = |e: fs::DirEntry| Some(e.file_name().to_str()?.strip_suffix(".json")?.to_owned());
         let mut tokens: Vec<String> = entries.flatten().filter_map(token).collect();
         tokens.sort();
@@ -340,10 +366,24 @@ mod tests {
         let (_dir, store, lock) = store();
         store.begin_boot(&lock, "boot-a").unwrap();
         store.put(&lock, "t1", &json!({"version": 1})).unwrap();
+        store.put_cordons(&lock, &json!({"GPU-0": {}})).unwrap();
         store.begin_boot(&lock, "boot-a").unwrap();
-        assert_eq!(store.tokens().unwrap().len(), 1);
+        assert_eq!((store.tokens().unwrap().len(), store.boot().unwrap().as_deref()), (1, Some("boot-a")));
+        assert_eq!(store.cordons::<Value>().unwrap()["GPU-0"], json!({}));
         store.begin_boot(&lock, "boot-b").unwrap();
         assert!(store.tokens().unwrap().is_empty());
+        assert_eq!(store.cordons::<Value>().unwrap(), Value::Null);
+    }
+
+    #[test]
+    fn looking_makes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(&dir.path().join("state"));
+        assert!(store.lock_existing(Duration::ZERO).unwrap().is_none());
+        assert_eq!((store.tokens().unwrap(), store.boot().unwrap()), (Vec::new(), None));
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+        let store = Store::open(&dir.path().join("state")).unwrap();
+        assert!(store.lock_existing(Duration::ZERO).unwrap().is_some());
     }
 
     #[test]

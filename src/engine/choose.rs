@@ -1,19 +1,155 @@
 //! Which slices a request gets: existing ones where they may be taken, else the best placements for new ones. Reads GPU
-//! and leases; changes nothing.
+//! and leases; changes nothing. What `acquire` does and what `plan` tells are decided here.
+
+use serde::Serialize;
 
 use crate::config::Foreign;
-use crate::gpu::{Device, Instance, MigMode};
+use crate::gpu::{Device, GpuError, Instance, MigMode};
 use crate::lease::{Lease, Slice, State};
-use crate::placement::{self, Choice, Held, Policy, Reason, Room, Window};
+use crate::placement::{self, Choice, Held, NoPlace, Policy, Reason, Room, Window};
 use crate::profile;
 use crate::request::{GpuSelector, Request, Want};
 
 use super::{Cordons, Engine, Failure};
 
+/// What kind of refusal it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The settings, or the lack of privilege, forbid it.
+    NotAllowed,
+    /// There is no GPU, or none that is meant.
+    NoGpu,
+    /// MIG mode is off, or the GPU has none.
+    MigOff,
+    /// No GPU that may serve it offers such a slice.
+    NotOffered,
+    /// Offered, but more than these GPUs hold when nothing else runs.
+    NeverFits,
+    /// The slice that is named does not exist, or is one of several in a GPU instance.
+    NoSuchSlice,
+    /// The slice that is named is held.
+    Held,
+    /// The slice that is named is kept for another user.
+    Reserved,
+    /// The slice that is named was not created by mig-hook, nor given to it.
+    Foreign,
+    /// A process uses the slice that is named.
+    InUse,
+    /// Something has to end first.
+    NoRoom,
+    /// Enough is free, but not in the right places.
+    Fragmented,
+    /// An administrator has closed the GPUs to new holders.
+    Cordoned,
+    /// The driver has just refused on every GPU.
+    Failing,
+}
+
+/// Why an alternative of a request, or all of it, can't be met as things are.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    /// What kind of refusal it is.
+    pub kind: Kind,
+    /// The whole sentence.
+    pub sentence: String,
+}
+
+/// Why nothing was chosen.
+#[derive(Debug)]
+pub(super) enum Unmet {
+    /// The answer is no: one refusal for each alternative, or one for them all.
+    Refused(Vec<Refusal>),
+    /// There is no answer.
+    Failed(Failure),
+}
+
+/// The slices for one alternative of a request.
+#[derive(Debug)]
+pub(super) struct Chosen {
+    /// One for each want, in their order.
+    pub slices: Vec<Slice>,
+    /// Why the alternatives before it were not taken, each in turn.
+    pub passed: Vec<Refusal>,
+}
+
+/// The process that uses an existing GPU instance, if one does.
+pub(super) type UserOf<'f> = &'f dyn Fn(&Device, &Instance) -> Result<Option<u32>, Failure>;
+
+impl Refusal {
+    pub(super) fn new(kind: Kind, sentence: impl Into<String>) -> Refusal {
+        Refusal { kind, sentence: sentence.into() }
+    }
+
+    /// One for several: a sentence each, and of the least final kind, since what may fit later is worth another try.
+    pub(super) fn joined(refusals: &[Refusal]) -> Refusal {
+        let kind = refusals.iter().map(|refusal| refusal.kind).min_by_key(|kind| kind.finality());
+        let sentences: Vec<&str> = refusals.iter().map(|refusal| refusal.sentence.as_str()).collect();
+        Refusal::new(kind.unwrap_or(Kind::NoRoom), sentences.join("; or else "))
+    }
+}
+
+/// Whether another try may help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Finality {
+    Later,
+    Forbidden,
+    Never,
+}
+
+impl Kind {
+    fn finality(self) -> Finality {
+        match self {
+            Kind::NotAllowed => Finality::Forbidden,
+            Kind::NoGpu | Kind::MigOff | Kind::NotOffered | Kind::NeverFits | Kind::NoSuchSlice => Finality::Never,
+            Kind::Held | Kind::Reserved | Kind::Foreign | Kind::InUse => Finality::Later,
+            Kind::NoRoom | Kind::Fragmented | Kind::Cordoned | Kind::Failing => Finality::Later,
+        }
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Failure {
+        match refusal.kind.finality() {
+            Finality::Later => Failure::NoRoom(refusal.sentence),
+            Finality::Forbidden => Failure::NotAllowed(refusal.sentence),
+            Finality::Never => Failure::BadRequest(refusal.sentence),
+        }
+    }
+}
+
+impl From<Unmet> for Failure {
+    fn from(unmet: Unmet) -> Failure {
+        match unmet {
+            Unmet::Refused(refusals) => Refusal::joined(&refusals).into(),
+            Unmet::Failed(failure) => failure,
+        }
+    }
+}
+
+impl From<Refusal> for Unmet {
+    fn from(refusal: Refusal) -> Unmet {
+        Unmet::Refused(vec![refusal])
+    }
+}
+
+impl From<Failure> for Unmet {
+    fn from(failure: Failure) -> Unmet {
+        Unmet::Failed(failure)
+    }
+}
+
+impl From<GpuError> for Unmet {
+    fn from(error: GpuError) -> Unmet {
+        Unmet::Failed(error.into())
+    }
+}
+
 impl Engine<'_> {
     /// The GPUs that we manage, with the profiles that containers may ask for.
-    pub(super) fn managed_devices(&self) -> Result<Vec<Device>, Failure> {
-        let mut devices = self.managed_gpus()?;
+    pub(super) fn managed_devices(&self) -> Result<Vec<Device>, Unmet> {
+        let mut devices = self.managed()?;
         if let Some(allowed) = &self.settings.profiles {
             devices.iter_mut().for_each(|d| d.profiles.retain(|p| allowed.contains(&p.name)));
         }
@@ -22,29 +158,69 @@ impl Engine<'_> {
 
     /// The GPUs that we manage, with everything that they offer.
     pub fn managed_gpus(&self) -> Result<Vec<Device>, Failure> {
+        Ok(self.managed()?)
+    }
+
+    fn managed(&self) -> Result<Vec<Device>, Unmet> {
         let mut devices = self.gpu.devices()?;
         if devices.is_empty() {
-            return Err(Failure::BadRequest("this machine has no NVIDIA GPU".into()));
+            return Err(Refusal::new(Kind::NoGpu, "this machine has no NVIDIA GPU").into());
         }
         if let Some(managed) = &self.settings.gpus {
             devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
             if devices.is_empty() {
-                return Err(Failure::NotAllowed(format!(
-                    "limits.gpus names no GPU of this machine: {}",
-                    managed.join(", ")
-                )));
+                let names = managed.join(", ");
+                let why = format!("limits.gpus names no GPU of this machine: {names}");
+                return Err(Refusal::new(Kind::NotAllowed, why).into());
             }
         }
         Ok(devices)
     }
 
-    /// Those of them that may serve the request.
+    /// Refuses what the settings forbid, whatever is there.
+    pub(super) fn check_limits(&self, request: &Request) -> Result<(), Refusal> {
+        let most = request.alternatives.iter().map(Vec::len).max().unwrap_or(0);
+        let limit = self.settings.slices_per_container;
+        if most > limit as usize {
+            let why = format!("{request} asks for {most} slices; limits.slices_per_container allows {limit}");
+            return Err(Refusal::new(Kind::NotAllowed, why));
+        }
+        let Some(allowed) = &self.settings.profiles else { return Ok(()) };
+        let names = request.alternatives.iter().flatten().filter_map(|want| match want {
+            Want::Profile(name) => Some(name),
+            _ => None,
+        });
+        match names.into_iter().find(|name| !allowed.contains(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let why = format!("profile {name} is not allowed here; limits.profiles allows {}", allowed.join(", "));
+                Err(Refusal::new(Kind::NotAllowed, why))
+            }
+        }
+    }
+
+    /// The slices for a request on these GPUs with these leases.
+    pub(super) fn decide(
+        &self,
+        devices: Vec<Device>,
+        leases: &[Lease],
+        request: &Request,
+        uid: Option<u32>,
+        unusable: &[(String, String)],
+    ) -> Result<Chosen, Unmet> {
+        let devices = self.usable_devices(devices, request, unusable)?;
+        self.choose(&devices, leases, request, uid, &|device, instance| {
+            self.user_in(&device.uuid, device.minor, instance)
+        })
+    }
+
+    /// Those GPUs that may serve the request.
     pub(super) fn usable_devices(
         &self,
         devices: Vec<Device>,
         request: &Request,
         unusable: &[(String, String)],
-    ) -> Result<Vec<Device>, Failure> {
+    ) -> Result<Vec<Device>, Unmet> {
         let mut devices = usable(devices, request.gpu.as_ref(), &self.cordons()?, unusable)?;
         if devices.iter().any(Device::is_closed) {
             for want in request.alternatives.iter().flatten() {
@@ -60,29 +236,23 @@ impl Engine<'_> {
     }
 
     /// The slices for the first alternative that can be met: existing ones where they may be taken, else new ones.
-    pub(super) fn choose(
+    fn choose(
         &self,
         devices: &[Device],
         leases: &[Lease],
         request: &Request,
         uid: Option<u32>,
-    ) -> Result<Vec<Slice>, Failure> {
-        let mut refusals = Vec::new();
+        user_of: UserOf<'_>,
+    ) -> Result<Chosen, Unmet> {
+        let mut passed = Vec::new();
         for wants in &request.alternatives {
-            match self.choose_all(devices, leases, wants, uid) {
-                Ok(slices) => return Ok(slices),
-                Err(refusal) => refusals.push(refusal),
+            match self.choose_all(devices, leases, wants, uid, user_of) {
+                Ok(slices) => return Ok(Chosen { slices, passed }),
+                Err(Unmet::Refused(refusals)) => passed.extend(refusals),
+                Err(failed) => return Err(failed),
             }
         }
-        // One sentence each; the kind of the least final one: what may fit later is worth another try.
-        let text = refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; or else ");
-        if refusals.iter().any(|r| matches!(r, Failure::NoRoom(_))) {
-            Err(Failure::NoRoom(text))
-        } else if refusals.iter().any(|r| matches!(r, Failure::NotAllowed(_))) {
-            Err(Failure::NotAllowed(text))
-        } else {
-            Err(Failure::BadRequest(text))
-        }
+        Err(Unmet::Refused(passed))
     }
 
     fn choose_all(
@@ -91,24 +261,38 @@ impl Engine<'_> {
         leases: &[Lease],
         wants: &[Want],
         uid: Option<u32>,
-    ) -> Result<Vec<Slice>, Failure> {
-        let mut found: Vec<Option<Slice>> = Vec::new();
-        for want in wants {
-            let slice = self.locate(devices, leases, want, &found, uid)?;
-            found.push(slice);
-        }
-        let to_cut: Vec<Want> =
-            wants.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(want, _)| want.clone()).collect();
+        user_of: UserOf<'_>,
+    ) -> Result<Vec<Slice>, Unmet> {
+        let found = self.existing(devices, leases, wants, uid, user_of)?;
+        let to_cut = missing(wants, &found);
         if !to_cut.is_empty() && devices.iter().all(Device::is_closed) {
             let config = self.settings.dev_root.join("nvidia-caps/nvidia-cap1");
-            return Err(Failure::NotAllowed(format!(
+            let why = format!(
                 "cutting a slice needs root, or the driver's capability mig/config: ask the administrator to let you open \
                  {} (setfacl -m u:UID:r), or to cut a slice for you that mig.uuid names",
                 config.display()
-            )));
+            );
+            return Err(Refusal::new(Kind::NotAllowed, why).into());
         }
         let mut cut = self.place(devices, leases, &to_cut)?.into_iter();
         Ok(found.into_iter().filter_map(|slice| slice.or_else(|| cut.next())).collect())
+    }
+
+    /// The existing slices that serve some of the wants.
+    pub(super) fn existing(
+        &self,
+        devices: &[Device],
+        leases: &[Lease],
+        wants: &[Want],
+        uid: Option<u32>,
+        user_of: UserOf<'_>,
+    ) -> Result<Vec<Option<Slice>>, Unmet> {
+        let mut found: Vec<Option<Slice>> = Vec::new();
+        for want in wants {
+            let slice = self.locate(devices, leases, want, &found, uid, user_of)?;
+            found.push(slice);
+        }
+        Ok(found)
     }
 
     /// An existing slice for `want`: named by UUID, or of that profile and kept for whoever asks (a user's own before
@@ -120,7 +304,8 @@ impl Engine<'_> {
         want: &Want,
         found: &[Option<Slice>],
         uid: Option<u32>,
-    ) -> Result<Option<Slice>, Failure> {
+        user_of: UserOf<'_>,
+    ) -> Result<Option<Slice>, Unmet> {
         let wanted = |device: &Device, instance: &Instance, uuid: &str| match want {
             Want::Uuid(name) => name.eq_ignore_ascii_case(uuid) || *name == old_uuid(device, instance),
             Want::Profile(name) => {
@@ -142,13 +327,14 @@ impl Engine<'_> {
                     fitting.push((device, instance, kept_here(device, instance)));
                 }
                 several if several.iter().any(|c| by_name && wanted(device, instance, &c.uuid)) => {
-                    return Err(Failure::BadRequest(format!(
+                    let why = format!(
                         "{want} is one of {} compute instances of GPU instance {} on {}; a container is given a whole GPU \
                          instance",
                         several.len(),
                         instance.id,
                         device.label()
-                    )));
+                    );
+                    return Err(Refusal::new(Kind::NoSuchSlice, why).into());
                 }
                 _ => {}
             }
@@ -162,21 +348,26 @@ impl Engine<'_> {
             if !by_name && kept.is_none() && self.settings.foreign == Foreign::Refuse {
                 continue;
             }
-            match self.in_the_way(device, instance, kept, leases, found, uid)? {
+            let refusal = match self.in_the_way(device, instance, kept, leases, found, uid) {
+                None => user_of(device, instance)?.map(|pid| (Kind::InUse, format!("is in use by process {pid}"))),
+                refusal => refusal,
+            };
+            match refusal {
                 None => return Ok(Slice::located(device, instance, &instance.compute[0])),
-                Some(why) if by_name => return Err(Failure::NoRoom(format!("slice {want} {why}"))),
+                Some((kind, why)) if by_name => return Err(Refusal::new(kind, format!("slice {want} {why}")).into()),
                 Some(_) => {}
             }
         }
         match by_name {
-            true => Err(Failure::BadRequest(format!(
-                "there is no MIG slice {want} on the GPUs that may serve this container"
-            ))),
+            true => {
+                let why = format!("there is no MIG slice {want} on the GPUs that may serve this container");
+                Err(Refusal::new(Kind::NoSuchSlice, why).into())
+            }
             false => Ok(None),
         }
     }
 
-    /// Why an existing slice can't be given.
+    /// Why an existing slice can't be given, processes aside.
     fn in_the_way(
         &self,
         device: &Device,
@@ -185,45 +376,58 @@ impl Engine<'_> {
         leases: &[Lease],
         found: &[Option<Slice>],
         uid: Option<u32>,
-    ) -> Result<Option<String>, Failure> {
+    ) -> Option<(Kind, String)> {
         let same = |s: &Slice| s.is_at(&device.uuid, instance);
         let mut holders = leases.iter().filter(|lease| lease.state != State::Static);
         if let Some(lease) = holders.find(|lease| lease.slices.iter().any(same)) {
-            return Ok(Some(format!("is held by {}", lease.held_by())));
+            return Some((Kind::Held, format!("is held by {}", lease.held_by())));
         }
         if found.iter().flatten().any(same) {
-            return Ok(Some("is named twice".into()));
+            return Some((Kind::Held, "is named twice".into()));
         }
         if let Some(owner) = kept.and_then(|kept| kept.reserved_for).filter(|owner| Some(*owner) != uid) {
-            return Ok(Some(format!("is reserved for uid {owner}")));
+            return Some((Kind::Reserved, format!("is reserved for uid {owner}")));
         }
         // What a user without root may take is what the modes of the nodes let open.
         if kept.is_none() && self.settings.foreign == Foreign::Refuse && self.settings.rootless.is_none() {
-            return Ok(Some(
-                "was not created by mig-hook and may be somebody's; migctl adopt gives it to mig-hook, and setting \
-                 slices.foreign = \"idle\" lets idle ones be taken"
-                    .into(),
-            ));
+            let why = "was not created by mig-hook and may be somebody's; migctl adopt gives it to mig-hook, and setting \
+                       slices.foreign = \"idle\" lets idle ones be taken";
+            return Some((Kind::Foreign, why.into()));
         }
-        Ok(self.user_in(&device.uuid, device.minor, instance)?.map(|pid| format!("is in use by process {pid}")))
+        None
     }
 
     /// New slices for all of `wants`, at the best placements.
-    pub(super) fn place(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Failure> {
+    pub(super) fn place(&self, devices: &[Device], leases: &[Lease], wants: &[Want]) -> Result<Vec<Slice>, Refusal> {
         let rooms = rooms(devices, leases);
-        let policy = Policy::named(&self.settings.policy).unwrap_or_default();
+        let policy = self.policy();
         let placed =
             placement::candidates(&rooms, wants).and_then(|candidates| placement::place(&rooms, &candidates, policy));
         match placed {
             Ok(choices) => Ok(choices.iter().filter_map(|choice| planned(devices, choice)).collect()),
-            Err(refusal) => Err(match refusal.reason {
-                Reason::NotOffered { .. } | Reason::NeverFits => {
-                    Failure::BadRequest(refusal.explain(|_| String::new()))
-                }
-                Reason::NoRoom | Reason::Fragmented => Failure::NoRoom(refusal.explain(|held| holder_of(held, leases))),
-            }),
+            Err(no_place) => Err(refused(&no_place, leases)),
         }
     }
+
+    pub(super) fn policy(&self) -> Policy {
+        Policy::named(&self.settings.policy).unwrap_or_default()
+    }
+}
+
+/// The wants for which nothing was found.
+pub(super) fn missing(wants: &[Want], found: &[Option<Slice>]) -> Vec<Want> {
+    wants.iter().zip(found).filter(|(_, found)| found.is_none()).map(|(want, _)| want.clone()).collect()
+}
+
+/// A refusal of the placement, in words.
+pub(super) fn refused(no_place: &NoPlace, leases: &[Lease]) -> Refusal {
+    let kind = match no_place.reason {
+        Reason::NotOffered { .. } => Kind::NotOffered,
+        Reason::NeverFits => Kind::NeverFits,
+        Reason::NoRoom => Kind::NoRoom,
+        Reason::Fragmented => Kind::Fragmented,
+    };
+    Refusal::new(kind, no_place.explain(|held| holder_of(held, leases)))
 }
 
 /// Those GPUs on which something may be placed: the one that is named, MIG on, not cordoned, not found unusable.
@@ -232,35 +436,35 @@ pub(super) fn usable(
     gpu: Option<&GpuSelector>,
     cordons: &Cordons,
     unusable: &[(String, String)],
-) -> Result<Vec<Device>, Failure> {
+) -> Result<Vec<Device>, Refusal> {
     if let Some(wanted) = gpu {
         let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
         devices.retain(|d| wanted.matches(d));
         if devices.is_empty() {
             let present = present.join(", ");
-            return Err(Failure::BadRequest(format!("mig.gpu names no GPU here: {wanted}; there are {present}")));
+            return Err(Refusal::new(Kind::NoGpu, format!("mig.gpu names no GPU here: {wanted}; there are {present}")));
         }
     }
     let mut off: Vec<String> = devices.iter().filter(|d| d.mig != MigMode::On).map(mode_sentence).collect();
     devices.retain(|d| d.mig == MigMode::On);
     if devices.is_empty() {
-        return Err(Failure::BadRequest(off.join("; ")));
+        return Err(Refusal::new(Kind::MigOff, off.join("; ")));
     }
     off.extend(devices.iter().filter_map(|d| Some(cordons.get(&d.uuid)?.sentence(d))));
     devices.retain(|d| !cordons.contains_key(&d.uuid));
     if devices.is_empty() {
-        return Err(Failure::NoRoom(off.join("; ")));
+        return Err(Refusal::new(Kind::Cordoned, off.join("; ")));
     }
     devices.retain(|d| !unusable.iter().any(|(uuid, _)| *uuid == d.uuid));
     if devices.is_empty() {
         let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
-        return Err(Failure::NoRoom(reasons.join("; ")));
+        return Err(Refusal::new(Kind::Failing, reasons.join("; ")));
     }
     Ok(devices)
 }
 
 /// The GPUs with what leases hold on them besides the instances that exist.
-fn rooms<'a>(devices: &'a [Device], leases: &[Lease]) -> Vec<Room<'a>> {
+pub(super) fn rooms<'a>(devices: &'a [Device], leases: &[Lease]) -> Vec<Room<'a>> {
     let room = |device: &'a Device| {
         let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|s| s.gpu == device.uuid);
         let window = |s: &Slice| Window { profile: Some(s.profile), placement: s.placement };
@@ -300,7 +504,18 @@ fn planned(devices: &[Device], choice: &Choice) -> Option<Slice> {
 fn holder_of(held: &Held, leases: &[Lease]) -> String {
     let here = |lease: &&Lease| lease.slices.iter().any(|s| s.gpu == held.gpu && s.placement == held.placement);
     let holder = leases.iter().filter(here).min_by_key(|lease| lease.state == State::Static);
-    holder.map_or("not created by mig-hook".into(), Lease::held_by)
+    holder.map_or("not created by mig-hook".into(), standing)
+}
+
+/// A lease's holder and how it stands with it, as `container web` or `kept`.
+pub(super) fn standing(lease: &Lease) -> String {
+    match (lease.state, lease.reserved_for) {
+        (State::Static, Some(uid)) => format!("reserved for uid {uid}"),
+        (State::Static, None) => "kept".into(),
+        (State::Quarantined, _) => format!("{}, quarantined", lease.held_by()),
+        (State::Releasing, _) if lease.holder.container.is_some() => format!("{}, which has ended", lease.held_by()),
+        (State::Pending | State::Active | State::Releasing, _) => lease.held_by(),
+    }
 }
 
 #[cfg(test)]

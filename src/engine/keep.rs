@@ -265,11 +265,7 @@ impl Engine<'_> {
         leases: &mut Vec<Lease>,
     ) -> Result<Vec<Action>, Failure> {
         let mut dropped = Vec::new();
-        let (gone, there): (Vec<Lease>, Vec<Lease>) = std::mem::take(leases).into_iter().partition(|lease| {
-            lease.state == State::Static && lease.slices.iter().any(|slice| has_vanished(slice, devices))
-        });
-        *leases = there;
-        for lease in gone {
+        for lease in take_vanished(devices, leases) {
             self.store.remove(lock, &lease.token, None)?;
             let why = "it is not there any more: its GPU was reset, or another tool destroyed it";
             audit("lost", &lease.holder, json!({"token": lease.token, "reason": why, "slices": audited(&lease)}));
@@ -340,6 +336,14 @@ fn slices_of(device: &Device, instance: &Instance) -> Option<Vec<Slice>> {
 fn unlisted(device: &Device, instance: &Instance) -> Failure {
     let (label, gi, profile) = (device.label(), instance.id, instance.profile.0);
     Failure::BadRequest(format!("GPU instance {gi} has profile {profile}, which {label} does not list"))
+}
+
+/// Takes out of `leases` the kept slices that are not there any more.
+pub(super) fn take_vanished(devices: &[Device], leases: &mut Vec<Lease>) -> Vec<Lease> {
+    let vanished = |lease: &mut Lease| {
+        lease.state == State::Static && lease.slices.iter().any(|slice| has_vanished(slice, devices))
+    };
+    leases.extract_if(.., vanished).collect()
 }
 
 /// Whether a slice that was there is not, on a GPU that was read.
