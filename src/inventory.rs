@@ -105,6 +105,7 @@ mod tests {
             index: 0,
             minor: 0,
             pci_bus_id: "00000000:07:00.0".into(),
+            pci_device_id: 0x20b2_10de,
             mig: MigMode::On,
             profiles: vec![Profile {
                 id: ProfileId(19),

@@ -742,6 +742,7 @@ mod tests {
             index,
             minor: index,
             pci_bus_id: format!("00000000:{index:02X}:00.0"),
+            pci_device_id: 0x20b2_10de,
             mig: MigMode::On,
             profiles: rows.iter().map(profile).collect(),
             instances: Vec::new(),

@@ -228,6 +228,7 @@ mod tests {
             index,
             minor: index,
             pci_bus_id: format!("00000000:0{index}:00.0"),
+            pci_device_id: 0x20b2_10de,
             mig: if profiles.is_empty() { MigMode::Off } else { MigMode::On },
             profiles: (0_u32..)
                 .zip(profiles)

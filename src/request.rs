@@ -724,6 +724,7 @@ mod tests {
             index: 1,
             minor: 5,
             pci_bus_id: "00000000:0A:00.0".to_owned(),
+            pci_device_id: 0x20b2_10de,
             mig: crate::gpu::MigMode::On,
             profiles: Vec::new(),
             instances: Vec::new(),

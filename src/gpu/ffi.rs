@@ -260,14 +260,14 @@ impl Library {
         Ok(minor)
     }
 
-    /// `00000000:07:00.0`.
-    pub(super) fn pci_bus_id(&self, device: &DeviceHandle<'_>) -> Result<String, GpuError> {
+    /// `00000000:07:00.0`, and device and vendor id, as `0x20B210DE`.
+    pub(super) fn pci(&self, device: &DeviceHandle<'_>) -> Result<(String, u32), GpuError> {
         let f = function!(self, nvmlDeviceGetPciInfo_v3);
         let mut info: nvmlPciInfo_t = zeroed();
         // SAFETY: the handle is this library's; the pointer is to one struct of the type that the symbol names.
         let code = unsafe { (f.call)(device.0, &mut info) };
         self.check(f.name, code)?;
-        Ok(text(&info.busId))
+        Ok((text(&info.busId), info.pciDeviceId))
     }
 
     /// Memory of a GPU or MIG device in bytes: used and total.

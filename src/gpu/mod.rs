@@ -120,6 +120,8 @@ pub struct Device {
     pub minor: u32,
     /// `00000000:07:00.0`.
     pub pci_bus_id: String,
+    /// PCI device id in the upper half, vendor's in the lower: `0x20B210DE` is an A100-SXM4-80GB.
+    pub pci_device_id: u32,
     /// MIG mode now.
     pub mig: MigMode,
     /// Profiles offered; empty unless MIG is on.

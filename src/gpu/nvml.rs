@@ -51,12 +51,14 @@ impl Nvml {
     }
 
     fn read_device(&self, library: &Library, index: u32, handle: &DeviceHandle<'_>) -> Result<Device, GpuError> {
+        let (pci_bus_id, pci_device_id) = library.pci(handle)?;
         let mut device = Device {
             uuid: library.uuid(handle)?,
             name: library.name(handle)?,
             index,
             minor: library.minor(handle)?,
-            pci_bus_id: library.pci_bus_id(handle)?,
+            pci_bus_id,
+            pci_device_id,
             mig: read_mode(library, handle)?,
             profiles: Vec::new(),
             instances: Vec::new(),
