@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::config::{ConfigError, Settings};
 use crate::first::index_name;
 use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
-use crate::host::{self, Host, HostError, PidFile};
+use crate::host::{self, Host, HostError, PidFile, ProcessId};
 use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
 use crate::request::Request;
 use crate::runtime;
@@ -682,6 +682,11 @@ pub fn leases_in(store: &Store) -> Result<Vec<Lease>, Failure> {
 /// The host with the driver's files where the settings say.
 pub fn host_of(settings: &Settings) -> Host {
     Host::at(&settings.proc_root, &settings.dev_root, &settings.driver_root)
+}
+
+/// The first process of a container: as it was bound, or as its pid file says by now.
+pub fn init_of(holder: &Holder) -> Option<ProcessId> {
+    holder.init.or_else(|| written_pid_file(holder)?.process)
 }
 
 /// The pid file that the runtime has written for this container; not one that lay there before.

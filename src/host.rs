@@ -267,6 +267,12 @@ pub fn user(pid: u32) -> Option<u32> {
     login.filter(|uid| *uid != u32::MAX).or_else(real)
 }
 
+/// Name of a user, where the machine knows it.
+pub fn user_name(uid: u32) -> Option<String> {
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok()??;
+    Some(user.name).filter(|name| !name.chars().any(char::is_control))
+}
+
 /// Mount namespace of a process, as `mnt:[4026531841]`.
 pub fn mount_namespace(pid: u32) -> Option<String> {
     Some(fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?.to_string_lossy().into_owned())

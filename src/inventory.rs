@@ -1,5 +1,7 @@
 //! GPUs, the slices on them and who has which: what the driver reports, joined with the leases. Pure.
 
+use std::collections::BTreeSet;
+
 use crate::gpu::{Device, Instance, Profile};
 use crate::lease::{Lease, Slice, State};
 
@@ -44,6 +46,8 @@ pub enum Standing {
     Quarantined,
     /// Not created by mig-hook, nor given to it.
     Foreign,
+    /// A lease has it and the driver does not: the GPU was reset, or another tool destroyed it.
+    Lost,
 }
 
 impl Occupied<'_> {
@@ -82,6 +86,19 @@ fn gpu<'a>(device: &'a Device, leases: &'a [Lease]) -> Gpu<'a> {
     // Where the driver hides instances, nothing can be missed.
     let lost = if device.is_closed() { Vec::new() } else { lost.collect() };
     Gpu { device, slices: device.instances.iter().map(occupied).collect(), lost }
+}
+
+/// How many placements of a profile are free now: of neither an instance nor a lease, and no more than the GPU allows of that
+/// profile. Each for itself, as the driver counts (nvmlDeviceGetGpuInstanceRemainingCapacity): two free placements may overlap,
+/// so it is not how many more fit together, and engines that a profile shares out (`+me`) may be short all the same.
+pub fn free(device: &Device, leases: &[Lease], profile: &Profile) -> u32 {
+    let instances = device.instances.iter().map(|instance| (instance.profile, instance.placement));
+    let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|slice| slice.gpu == device.uuid);
+    let windows: BTreeSet<_> = instances.chain(slices.map(|slice| (slice.profile, slice.placement))).collect();
+    let taken = windows.iter().fold(0, |taken, (_, placement)| taken | placement.mask());
+    let made = windows.iter().filter(|(id, _)| *id == profile.id).count();
+    let free = profile.placements.iter().filter(|placement| placement.mask() & taken == 0).count();
+    free.min((profile.max_instances as usize).saturating_sub(made)) as u32
 }
 
 #[cfg(test)]
@@ -148,5 +165,16 @@ mod tests {
         assert!(gpus[0].slices[2].kept.is_some() && gpus[0].slices[2].lease.is_some());
         let lost: Vec<Placement> = gpus[0].lost.iter().map(|(_, slice)| slice.placement).collect();
         assert_eq!(lost, [Placement { start: 6, size: 1 }]);
+    }
+
+    #[test]
+    fn free_is_what_neither_instances_nor_leases_take_and_the_limit_leaves() {
+        let mut device = device(&[0, 1]);
+        let leases = [of(&device, State::Active, 1), of(&device, State::Pending, 5)];
+        assert_eq!(free(&device, &leases, &device.profiles[0]), 4);
+        device.profiles[0].max_instances = 4;
+        assert_eq!(free(&device, &leases, &device.profiles[0]), 1, "three of four are made or about to be");
+        device.profiles[0].max_instances = 2;
+        assert_eq!(free(&device, &leases, &device.profiles[0]), 0);
     }
 }

@@ -23,6 +23,8 @@ mod gc;
 mod leases;
 #[path = "verbs/list.rs"]
 mod list;
+#[path = "verbs/profiles.rs"]
+mod profiles;
 #[path = "verbs/release.rs"]
 mod release;
 

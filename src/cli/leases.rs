@@ -1,29 +1,27 @@
-//! `migctl leases`: what is recorded of each holder. Reads the state only, not the GPU.
+//! `migctl leases`: what is recorded of each holder. Reads the state and the engines' files, not the GPU.
 
 use anyhow::Result;
 use serde::Serialize;
 
+use super::holder::Holder;
 use crate::config::Settings;
-use crate::engine::leases_in;
-use crate::host;
-use crate::lease::{Lease, short};
+use crate::lease::Lease;
 use crate::report::Exit;
-use crate::store::Store;
 
-/// The document of `migctl leases`: the records as they are on disk.
+/// The document of `migctl leases`.
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(super) struct Leases {
-    /// One for each holder.
+    /// The records as they are on disk, one for each holder or kept slice.
     leases: Vec<Lease>,
+    /// For each of them, in the same order, who it is.
+    holders: Vec<Holder>,
 }
 
 pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
-    let leases = match Store::existing(&settings.state_dir) {
-        Some(store) => leases_in(&store)?,
-        None => vec![],
-    };
-    super::print(&Leases { leases }, json, text)?;
+    let leases = super::recorded(settings)?;
+    let holders = leases.iter().map(Holder::of).collect();
+    super::print(&Leases { leases, holders }, json, text)?;
     Ok(Exit::Ok)
 }
 
@@ -31,19 +29,25 @@ fn text(body: &Leases) -> String {
     if body.leases.is_empty() {
         return "no leases\n".into();
     }
-    let titles = ["TOKEN", "STATE", "CONTAINER", "SLICES", "GPU", "SINCE"].map(str::to_owned).to_vec();
-    let row = |lease: &Lease| {
-        let gpus: Vec<String> = lease.slices.iter().map(|s| s.gpu_index.to_string()).collect();
-        vec![
-            lease.token.clone(),
-            super::word(lease.state),
-            lease.holder.container.as_deref().map_or("-", short).to_owned(),
-            lease.profiles(),
-            gpus.join(","),
-            super::duration(host::boot_ms().saturating_sub(lease.created_boot_ms)),
-        ]
-    };
-    let mut rows = vec![titles];
-    rows.extend(body.leases.iter().map(row));
+    let titles = ["TOKEN", "STATE", "GPU", "SLICES", "HOLDER", "PID", "USER", "WAY", "SINCE"];
+    let mut rows = vec![titles.map(str::to_owned).to_vec()];
+    rows.extend(body.leases.iter().zip(&body.holders).map(|(lease, holder)| row(lease, holder)));
     super::table(&rows)
+}
+
+fn row(lease: &Lease, holder: &Holder) -> Vec<String> {
+    let mut gpus: Vec<String> = lease.slices.iter().map(|s| s.gpu_index.to_string()).collect();
+    gpus.dedup();
+    let unknown = || "-".to_owned();
+    vec![
+        lease.token.clone(),
+        super::word(lease.state),
+        gpus.join(","),
+        lease.profiles(),
+        holder.holder.clone().unwrap_or_else(unknown),
+        holder.pid.map_or_else(unknown, |pid| pid.to_string()),
+        holder.user.clone().or(holder.uid.map(|uid| uid.to_string())).unwrap_or_else(unknown),
+        super::word(lease.holder.way),
+        holder.held_ms.map_or_else(unknown, super::duration),
+    ]
 }

@@ -9,14 +9,22 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::config::Settings;
+use crate::engine::{Failure, leases_in};
+use crate::gpu::{ComputeInstance, Device, Gpu, Instance, MigDevice, Placement};
+use crate::lease::Lease;
+use crate::profile;
 use crate::report::{self, Exit};
+use crate::request::GpuSelector;
+use crate::store::Store;
 
 mod cdi;
 mod completions;
 mod configure;
 mod gc;
+mod holder;
 mod leases;
 mod list;
+mod profiles;
 mod release;
 
 /// Version of every verb's `--json` document.
@@ -39,7 +47,9 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Show GPUs, the slices on them, and who holds which
-    List,
+    List(list::Args),
+    /// Show the profiles that GPUs offer, and how many of each are free
+    Profiles(profiles::Args),
     /// Show what is recorded of each holder
     Leases,
     /// Give back the slices of a container that has ended
@@ -80,7 +90,8 @@ fn run(args: &Args) -> Result<Exit> {
         Ok(settings)
     };
     match &args.verb {
-        Verb::List => list::run(&settings()?, args.json),
+        Verb::List(verb) => list::run(&settings()?, verb, args.json),
+        Verb::Profiles(verb) => profiles::run(&settings()?, verb, args.json),
         Verb::Leases => leases::run(&settings()?, args.json),
         Verb::Release(verb) => release::run(&settings()?, verb, args.json),
         Verb::Gc => gc::run(&settings()?, args.json),
@@ -103,11 +114,15 @@ struct Document<'a, T: Serialize> {
     body: &'a T,
 }
 
-/// Prints a document as JSON, or as the text that is a view of it.
+/// Prints a document as JSON, or as the text that is a view of it. The text may be styled (anstyle): it is shown so on a terminal
+/// only, and not where NO_COLOR or TERM=dumb says otherwise.
 fn print<T: Serialize>(body: &T, json: bool, text: impl Fn(&T) -> String) -> Result<()> {
     let mut shown = match json {
         true => serde_json::to_string_pretty(&Document { version: JSON_VERSION, body })?,
-        false => text(body),
+        false => match anstream::AutoStream::choice(&std::io::stdout()) {
+            anstream::ColorChoice::Never => plain(&text(body)),
+            _ => text(body),
+        },
     };
     if !shown.is_empty() && !shown.ends_with('\n') {
         shown.push('\n');
@@ -128,16 +143,89 @@ fn word<T: Serialize>(state: T) -> String {
     serde_json::to_value(state).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Rows in columns as wide as their widest cell, two spaces apart.
+/// A text without its styles.
+fn plain(text: &str) -> String {
+    anstream::adapter::strip_str(text).to_string()
+}
+
+/// A text in a style.
+fn styled(style: anstyle::Style, text: &str) -> String {
+    format!("{style}{text}{style:#}")
+}
+
+/// Rows in columns as wide as their widest cell, two spaces apart. Numbers, of which the first row has none, end where the others
+/// of their column do.
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let width = |cell: &String| plain(cell).chars().count();
+    let widest = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(width).max().unwrap_or(0);
+    let numbers =
+        |n: usize| rows.len() > 1 && rows[1..].iter().filter_map(|row| row.get(n)).all(|cell| is_number(cell));
+    let form: Vec<(usize, bool)> = (0..columns).map(|n| (widest(n), numbers(n))).collect();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let cells = row.iter().zip(&form).map(|(cell, (widest, right))| {
+            let space = " ".repeat(widest - width(cell));
+            if *right { format!("{space}{cell}") } else { format!("{cell}{space}") }
+        });
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
     rows.iter().map(line).collect()
+}
+
+fn is_number(cell: &str) -> bool {
+    let text = plain(cell);
+    text.chars().all(|c| c.is_ascii_digit() || "-/. ".contains(c))
+}
+
+/// The GPUs as whoever asks may see them: where the driver hides instances, those that have a MIG device, without their placement.
+fn visible(gpu: &dyn Gpu, only: Option<&GpuSelector>) -> Result<Vec<Device>> {
+    let mut devices = gpu.devices()?;
+    if let Some(wanted) = only {
+        let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
+        devices.retain(|device| wanted.matches(device));
+        if devices.is_empty() {
+            let present = if present.is_empty() { "none".to_owned() } else { present.join(", ") };
+            return Err(Failure::BadRequest(format!("no GPU here is {wanted}; there is {present}")).into());
+        }
+    }
+    for device in devices.iter_mut().filter(|device| device.is_closed()) {
+        for mig in gpu.mig_devices(&device.uuid)? {
+            add_instance(device, mig);
+        }
+    }
+    Ok(devices)
+}
+
+fn add_instance(device: &mut Device, mig: MigDevice) {
+    let (part, whole) = match profile::split_compute(&mig.profile) {
+        Some((slices, whole)) => (Some(slices), whole),
+        None => (None, mig.profile.as_str()),
+    };
+    let Some(profile) = profile::resolve_name(device, whole) else { return };
+    let (id, slices, sms) = (profile.id, part.unwrap_or(profile.slices), profile.sms);
+    let compute = ComputeInstance { id: mig.compute, slices, sms, uuid: mig.uuid };
+    match device.instances.iter_mut().find(|instance| instance.id == mig.instance) {
+        Some(instance) => instance.compute.push(compute),
+        None => device.instances.push(Instance {
+            id: mig.instance,
+            profile: id,
+            placement: Placement::UNKNOWN,
+            compute: vec![compute],
+        }),
+    }
+}
+
+/// A GPU as people name it on the command line.
+fn gpu_selector(text: &str) -> Result<GpuSelector, String> {
+    GpuSelector::parse(text).ok_or_else(|| "name a GPU by its index, UUID (GPU-…) or PCI address (07:00.0)".to_owned())
+}
+
+/// What is recorded; nothing where there is no state yet.
+fn recorded(settings: &Settings) -> Result<Vec<Lease>> {
+    match Store::existing(&settings.state_dir) {
+        Some(store) => Ok(leases_in(&store)?),
+        None => Ok(Vec::new()),
+    }
 }
 
 /// Milliseconds as `45s`, `12m`, `3h05m`, `2d04h`.
@@ -169,6 +257,20 @@ mod tests {
         assert_eq!(duration(45_000), "45s");
         assert_eq!(duration(3_900_000), "1h05m");
         assert_eq!(duration(187_200_000), "2d04h");
-        assert_eq!(table(&[vec!["a".into(), "b".into()], vec!["ccc".into(), "d".into()]]), "a    b\nccc  d\n");
+        let rows = |rows: &[&[&str]]| {
+            table(&rows.iter().map(|row| row.iter().map(|c| (*c).into()).collect()).collect::<Vec<_>>())
+        };
+        assert_eq!(rows(&[&["a", "b"], &["ccc", "d"]]), "a    b\nccc  d\n");
+        assert_eq!(
+            rows(&[&["NAME", "USED MiB"], &["a", "7 / 100"], &["b", "-"]]),
+            "NAME  USED MiB\na      7 / 100\nb            -\n"
+        );
+        let bold = styled(anstyle::Style::new().bold(), "a");
+        assert_eq!(
+            rows(&[&[bold.as_str(), "b"], &["ccc", "d"]]),
+            format!("{bold}    b\nccc  d\n"),
+            "styles have no width"
+        );
+        assert_eq!(plain(&bold), "a");
     }
 }

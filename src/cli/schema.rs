@@ -8,7 +8,7 @@ use schemars::generate::SchemaSettings;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Document, configure, gc, leases, list, release};
+use super::{Document, configure, gc, leases, list, profiles, release};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
@@ -17,6 +17,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("gc", schema::<gc::Report>("gc")),
         ("leases", schema::<leases::Leases>("leases")),
         ("list", schema::<list::Listing>("list")),
+        ("profiles", schema::<profiles::Profiles>("profiles")),
         ("release", schema::<release::Answer>("release")),
     ])
 }

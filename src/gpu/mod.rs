@@ -218,6 +218,7 @@ pub struct Reading {
 
 /// Engines of a slice beside its multiprocessors.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Engines {
     /// Copy engines (CE).
     pub copy: u32,
@@ -233,6 +234,7 @@ pub struct Engines {
 
 /// A way to give a part of a GPU instance to a compute instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Split {
     /// Compute slices (the `1` of `1c`).
     pub slices: u32,
