@@ -32,6 +32,8 @@ mod hostile;
 mod killed;
 #[path = "containers/kubernetes.rs"]
 mod kubernetes;
+#[path = "containers/names.rs"]
+mod names;
 #[path = "containers/podman.rs"]
 mod podman;
 #[path = "containers/pods.rs"]
