@@ -453,7 +453,7 @@ fn an_ordinary_user_is_told_that_root_is_needed() {
         let mut list = Command::new("setpriv");
         list.args(user).arg(binaries().join("migctl")).arg("--config").arg(world.config()).arg("list");
         let listed = text(&run(&mut list));
-        assert!(listed.contains("slices are shown to root only"), "{listed}");
+        assert!(listed.contains("are shown to root only"), "{listed}");
         let output = run(Command::new("setpriv").args(user).arg(shim.get_program()).args(shim.get_args()));
         assert_refusal("as nobody", &output, NOT_ALLOWED, &[world.path("state").to_str().unwrap(), "root"]);
         assert_eq!(std::fs::read(bundle.join("config.json")).unwrap(), before);
