@@ -247,9 +247,11 @@ pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
     words
 }
 
-/// Name of a process as the kernel has it, at most 15 characters; empty when it has gone.
+/// Name of a process as the kernel has it, at most 15 characters; empty when it has gone. It chooses that itself: without
+/// what a terminal would obey.
 pub fn process_name(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/comm")).map(|name| name.trim().to_owned()).unwrap_or_default()
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.trim().chars().filter(|c| !c.is_control()).collect()
 }
 
 /// Program file of a process: what it runs, else what it was called by (crun runs from a sealed copy of itself, and its

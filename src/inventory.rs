@@ -88,9 +88,9 @@ fn gpu<'a>(device: &'a Device, leases: &'a [Lease]) -> Gpu<'a> {
     Gpu { device, slices: device.instances.iter().map(occupied).collect(), lost }
 }
 
-/// How many placements of a profile are free now: of neither an instance nor a lease, and no more than the GPU allows of that
-/// profile. Each for itself, as the driver counts (nvmlDeviceGetGpuInstanceRemainingCapacity): two free placements may overlap,
-/// so it is not how many more fit together, and engines that a profile shares out (`+me`) may be short all the same.
+/// How many placements of a profile are free now: of neither an instance nor a lease, and no more than the GPU allows of
+/// that profile. Each for itself, as the driver counts (nvmlDeviceGetGpuInstanceRemainingCapacity): two free placements may
+/// overlap, so it is not how many more fit together, and engines that a profile shares out (`+me`) may be short all the same.
 pub fn free(device: &Device, leases: &[Lease], profile: &Profile) -> u32 {
     let instances = device.instances.iter().map(|instance| (instance.profile, instance.placement));
     let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|slice| slice.gpu == device.uuid);

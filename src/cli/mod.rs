@@ -114,8 +114,8 @@ struct Document<'a, T: Serialize> {
     body: &'a T,
 }
 
-/// Prints a document as JSON, or as the text that is a view of it. The text may be styled (anstyle): it is shown so on a terminal
-/// only, and not where NO_COLOR or TERM=dumb says otherwise.
+/// Prints a document as JSON, or as the text that is a view of it. The text may be styled (anstyle): it is shown so on a
+/// terminal only, and not where NO_COLOR or TERM=dumb says otherwise.
 fn print<T: Serialize>(body: &T, json: bool, text: impl Fn(&T) -> String) -> Result<()> {
     let mut shown = match json {
         true => serde_json::to_string_pretty(&Document { version: JSON_VERSION, body })?,
@@ -153,8 +153,8 @@ fn styled(style: anstyle::Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }
 
-/// Rows in columns as wide as their widest cell, two spaces apart. Numbers, of which the first row has none, end where the others
-/// of their column do.
+/// Rows in columns as wide as their widest cell, two spaces apart. Numbers, of which the first row has none, end where the
+/// others of their column do.
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |cell: &String| plain(cell).chars().count();
@@ -177,7 +177,8 @@ fn is_number(cell: &str) -> bool {
     text.chars().all(|c| c.is_ascii_digit() || "-/. ".contains(c))
 }
 
-/// The GPUs as whoever asks may see them: where the driver hides instances, those that have a MIG device, without their placement.
+/// The GPUs as whoever asks may see them: where the driver hides instances, those that have a MIG device, without their
+/// placement.
 fn visible(gpu: &dyn Gpu, only: Option<&GpuSelector>) -> Result<Vec<Device>> {
     let mut devices = gpu.devices()?;
     if let Some(wanted) = only {

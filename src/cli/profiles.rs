@@ -67,8 +67,8 @@ struct Offered {
     engines: Engines,
     /// Whether instances may reach other GPUs' memory.
     p2p: bool,
-    /// The ways in which compute instances may share an instance. The driver tells them of an instance that exists: null where
-    /// there is none, or we may not know.
+    /// The ways in which compute instances may share an instance. The driver tells them of an instance that exists: null
+    /// where there is none, or we may not know.
     splits: Option<Vec<Split>>,
 }
 

@@ -3,10 +3,11 @@
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::common::{DEMO, Init, World, binaries, config, run, text};
+use crate::common::{DEMO, Init, World, binaries, config, run, text, wait_for};
 use crate::{asked, code, document, schema, shown, snapshot, stdout};
 
 /// Boards whose slices are counted in eighths and in twelfths; the same UUIDs in every run.
@@ -205,6 +206,22 @@ fn what_the_driver_does_not_tell_is_left_out() {
     }
     assert_eq!((&row["sms"], &row["memory_mib"], &row["state"]), (&json!(14), &json!(9728), &json!("foreign")));
     assert!(stdout(&world.migctl(&["list", "0"])).contains("- / 9728"));
+}
+
+#[test]
+fn a_process_cannot_colour_the_terminal_by_its_name() {
+    let world = boards();
+    world.sim("make", &["--gpu", "0", "--profile", "1g.10gb"]);
+    let gi = world.instances()[0]["id"].to_string();
+    let odd = world.path("\u{1b}[31mred");
+    std::fs::copy("/bin/sleep", &odd).unwrap();
+    let mut process = Command::new(&odd).arg("600").spawn().unwrap();
+    world.sim("hold", &["--gpu", "0", "--gi", &gi, "--pid", &process.id().to_string()]);
+    wait_for("the process's name", Duration::from_secs(5), || {
+        document(&world, &["list", "0"])["gpus"][0]["slices"][0]["processes"][0]["name"] == "[31mred"
+    });
+    process.kill().unwrap();
+    process.wait().unwrap();
 }
 
 #[test]
