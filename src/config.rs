@@ -337,13 +337,15 @@ fn spec_file(path: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
     }
 }
 
+/// Where mig-hook lies, seen from the directory of another program of ours.
+pub const HOOK_PLACES: [&str; 3] = ["mig-hook", "../oci/hooks.d/mig-hook", "../libexec/oci/hooks.d/mig-hook"];
+
 /// `mig-hook` as the hooks that we write name it: beside this program, or where `make install` puts it, seen from
 /// PREFIX/libexec/mig-hook and from PREFIX/bin.
 pub fn hook_program() -> Result<PathBuf, ConfigError> {
-    const PLACES: [&str; 3] = ["mig-hook", "../oci/hooks.d/mig-hook", "../libexec/oci/hooks.d/mig-hook"];
     let this = std::env::current_exe();
     let dir = this.as_deref().ok().and_then(Path::parent).unwrap_or(Path::new("/"));
-    let found = PLACES.iter().find_map(|place| dir.join(place).canonicalize().ok());
+    let found = HOOK_PLACES.iter().find_map(|place| dir.join(place).canonicalize().ok());
     found.ok_or_else(|| ConfigError::Incomplete { dir: dir.display().to_string() })
 }
 

@@ -25,13 +25,13 @@ pub const STATE_DIR: &str = "/run/mig-hook";
 const USER_STATE: &str = "/run/user";
 /// Where mig-engine lies, seen from the directory of the first stage: beside it, or as `make install` puts them, from
 /// PREFIX/bin and from PREFIX/libexec/oci/hooks.d.
-const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../../mig-hook/mig-engine"];
+pub const ENGINES: [&str; 3] = ["mig-engine", "../libexec/mig-hook/mig-engine", "../../mig-hook/mig-engine"];
 /// Largest config.json that is read, in bytes. Real ones are 3–60 KB.
 pub const CONFIG_LIMIT: u64 = 16 << 20;
-/// Low-level runtimes in order of preference, and where they are looked for. Never `$PATH`: docker's begins with
-/// directories of its own.
+/// Low-level runtimes in order of preference.
 pub const RUNTIMES: [&str; 3] = ["runc", "crun", "youki"];
-const RUNTIME_DIRS: [&str; 5] = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
+/// Where they are looked for. Never `$PATH`: docker's begins with directories of its own.
+pub const RUNTIME_DIRS: [&str; 5] = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec/crio"];
 
 /// Options of our own, which stand before the runtime's and are not handed on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

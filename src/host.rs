@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 mod nodes;
 
+pub use nodes::field;
+
 /// Where the driver's files are.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -315,6 +317,11 @@ pub fn is_in_cgroup(pid: u32, wanted: &str) -> bool {
     cgroup(pid).is_some_and(|c| c.ends_with(wanted) || c.contains(&format!("{wanted}/")))
 }
 
+/// Every process by pid and name.
+pub fn processes() -> Vec<(u32, String)> {
+    pids().into_iter().map(|pid| (pid, process_name(pid))).collect()
+}
+
 /// Living processes in a cgroup. Read from /proc/PID/cgroup, so that it does not matter where, or whether, the cgroup file
 /// system is mounted for us.
 pub fn processes_in(wanted: &str) -> Vec<u32> {
@@ -323,14 +330,20 @@ pub fn processes_in(wanted: &str) -> Vec<u32> {
 
 /// Processes that have a device with this major and one of these minors open.
 pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
-    let holds = |pid: &u32| {
+    openers_of(major, minors).into_iter().map(|(pid, _)| pid).collect()
+}
+
+/// The same, each with which of the minors it has open. Looks at every open file of every process.
+pub fn openers_of(major: u32, minors: &BTreeSet<u32>) -> Vec<(u32, BTreeSet<u32>)> {
+    let open = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        fds.filter_map(|fd| fs::metadata(fd.path()).ok()).any(|meta| {
+        let devices = fds.filter_map(|fd| fs::metadata(fd.path()).ok()).filter_map(|meta| {
             let (at, minor) = device(meta.rdev());
-            meta.file_type().is_char_device() && at == major && minors.contains(&minor)
-        })
+            (meta.file_type().is_char_device() && at == major && minors.contains(&minor)).then_some(minor)
+        });
+        Some((pid, devices.collect::<BTreeSet<u32>>())).filter(|(_, open)| !open.is_empty())
     };
-    pids().into_iter().filter(holds).collect()
+    pids().into_iter().filter_map(open).collect()
 }
 
 /// The kernel's id of this boot.

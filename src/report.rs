@@ -28,6 +28,8 @@ use crate::store::StoreError;
 pub enum Exit {
     /// Done, or nothing to do.
     Ok = 0,
+    /// `migctl doctor`: slices are given, but something should be mended.
+    Warnings = 1,
     /// Wrong command line.
     Usage = 64,
     /// The request or the config.json can't be understood, or no GPU here offers what it asks for.

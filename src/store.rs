@@ -114,6 +114,11 @@ impl Store {
         dir.join("leases").is_dir().then(|| Store { dir: dir.to_owned() })
     }
 
+    /// The process that has the lock at this moment, as far as /proc/locks names it. Takes nothing.
+    pub fn locked_by(&self) -> Option<u32> {
+        flock_holder(&self.dir.join("lock"))
+    }
+
     /// The lock if there is state at all.
     pub fn lock_existing(&self, wait: Duration) -> Result<Option<Lock>, StoreError> {
         match self.dir.join("leases").symlink_metadata() {
@@ -305,19 +310,21 @@ impl Store {
 
 /// Who holds a flock: /proc/locks names it by inode (`N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`).
 fn holder_of(path: &Path) -> String {
-    let inode = path.metadata().map(|m| format!(":{}", m.ino())).unwrap_or_default();
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    let held = locks.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
-    let pid = held.filter(|f| f.get(1) == Some(&"FLOCK")).find_map(|f| {
-        f.get(5).is_some_and(|id| id.ends_with(&inode)).then(|| f.get(4).map(|pid| (*pid).to_owned()))?
-    });
-    match pid {
+    match flock_holder(path) {
         Some(pid) => {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             format!("process {pid} ({})", name.trim())
         }
         None => "a process that /proc/locks does not name".into(),
     }
+}
+
+fn flock_holder(path: &Path) -> Option<u32> {
+    let inode = format!(":{}", path.metadata().ok()?.ino());
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let mut held = locks.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
+    let ours = held.find(|f| f.get(1) == Some(&"FLOCK") && f.get(5).is_some_and(|id| id.ends_with(&inode)))?;
+    ours.get(4)?.parse().ok()
 }
 
 #[cfg(test)]

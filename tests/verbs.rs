@@ -15,6 +15,8 @@ mod common;
 mod completions;
 #[path = "verbs/configure.rs"]
 mod configure;
+#[path = "verbs/doctor.rs"]
+mod doctor;
 #[path = "verbs/documented.rs"]
 mod documented;
 #[path = "verbs/gc.rs"]

@@ -17,6 +17,10 @@ fn run(args: Vec<OsString>) -> i32 {
     match args.get(1).and_then(|way| way.to_str()) {
         Some("hook") => hook::main(rest) as i32,
         Some("shim") => shim::main(rest.to_vec(), pipe),
+        Some("--version") => {
+            println!("mig-engine {}", env!("CARGO_PKG_VERSION"));
+            Exit::Ok as i32
+        }
         _ => {
             eprintln!("mig-engine is started by mig-hook and mig-runtime, not by hand; see migctl --help");
             Exit::Usage as i32

@@ -17,7 +17,7 @@ mod containerd;
 mod crio;
 mod docker;
 mod file;
-mod podman;
+pub(super) mod podman;
 mod tables;
 
 use file::Target;
@@ -49,7 +49,7 @@ pub(super) struct Args {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
-enum Engine {
+pub(super) enum Engine {
     /// A runtime in /etc/docker/daemon.json
     Docker,
     /// The precreate hook and a runtime, in /etc/containers/containers.conf.d/50-mig-hook.conf
@@ -62,18 +62,18 @@ enum Engine {
 
 /// What an entry of ours says: everything in it that is not the same in every entry of its engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Entry {
-    name: String,
+pub(super) struct Entry {
+    pub name: String,
     /// mig-runtime. Empty: there is no runtime of that name, but another part of the entry.
-    shim: String,
+    pub shim: String,
     /// docker's `runtimeArgs`.
-    args: Vec<String>,
+    pub args: Vec<String>,
     /// docker: it is the default runtime. containerd: it comes with the handler that is built in otherwise.
-    default: bool,
+    pub default: bool,
     /// podman's `hooks_dir`, ours among them.
-    hooks: Vec<String>,
+    pub hooks: Vec<String>,
     /// Keys of a handler that are taken over from the engine's default one, each with its value as TOML.
-    keys: Vec<(String, String)>,
+    pub keys: Vec<(String, String)>,
 }
 
 /// What is known of the host when an entry is made up.
@@ -365,7 +365,7 @@ impl Engine {
     }
 
     /// Every entry of ours, in the order of the file; one of that name must not be another's.
-    fn entries(self, text: Option<&str>, name: &str) -> Result<Vec<Entry>, String> {
+    pub(super) fn entries(self, text: Option<&str>, name: &str) -> Result<Vec<Entry>, String> {
         let Some(text) = text else { return Ok(vec![]) };
         let mut names = match self {
             Engine::Docker => docker::names(text),

@@ -20,6 +20,7 @@ use crate::store::Store;
 mod cdi;
 mod completions;
 mod configure;
+mod doctor;
 mod gc;
 mod holder;
 mod leases;
@@ -60,6 +61,8 @@ enum Verb {
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
     Configure(configure::Args),
+    /// Look for what is wrong on this machine, and say what mends it
+    Doctor(doctor::Args),
     /// Print the script that makes a shell complete migctl's command line
     Completions(completions::Args),
 }
@@ -98,7 +101,8 @@ fn run(args: &Args) -> Result<Exit> {
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),
-        // Works whatever is in the settings.
+        // These work whatever is in the settings.
+        Verb::Doctor(verb) => doctor::run(args.config.as_deref(), verb, args.json),
         Verb::Completions(verb) => completions::run(verb, args.json),
     }
 }

@@ -8,12 +8,13 @@ use schemars::generate::SchemaSettings;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Document, configure, gc, leases, list, profiles, release};
+use super::{Document, configure, doctor, gc, leases, list, profiles, release};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
         ("configure", schema::<configure::Report>("configure")),
+        ("doctor", schema::<doctor::Report>("doctor")),
         ("gc", schema::<gc::Report>("gc")),
         ("leases", schema::<leases::Leases>("leases")),
         ("list", schema::<list::Listing>("list")),

@@ -89,7 +89,7 @@ fn place(path: &Path, device: (u32, u32), mode: u32, owner: (Option<u32>, Option
 }
 
 /// A number in the driver's files of `Key: value` lines.
-fn field(text: &str, key: &str) -> Option<u32> {
+pub fn field(text: &str, key: &str) -> Option<u32> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')?.trim().parse().ok())
 }
 

@@ -13,14 +13,22 @@ pub(super) const HOOKS: &str = "share/mig-hook/hooks.d/podman";
 const DEFAULT: &str = "/usr/share/containers/oci/hooks.d";
 
 pub(super) fn wanted(base: Option<&str>, host: &Host) -> Result<Entry, String> {
-    let mut hooks = vec![DEFAULT.to_owned()];
     let own = base.map(|text| (PathBuf::new(), text.to_owned()));
-    for (path, text) in host.earlier.iter().chain(&own) {
-        hooks = in_effect(hooks, text).map_err(|error| format!("{}: {error}", path.display()))?;
-    }
+    let mut hooks = directories(host.earlier.iter().chain(&own))?;
     hooks.retain(|dir| !is_ours(dir));
     hooks.push(host.hooks_dir.to_owned());
     Ok(Entry { name: host.name.into(), shim: host.shim.into(), hooks, ..Entry::default() })
+}
+
+/// `hooks_dir` after all these files, in order.
+pub(in crate::cli) fn directories<'a>(
+    files: impl IntoIterator<Item = &'a (PathBuf, String)>,
+) -> Result<Vec<String>, String> {
+    let mut hooks = vec![DEFAULT.to_owned()];
+    for (path, text) in files {
+        hooks = in_effect(hooks, text).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(hooks)
 }
 
 /// `hooks_dir` after one more file. It replaces what was before; podman 5 appends instead where the list says so.
