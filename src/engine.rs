@@ -20,10 +20,15 @@ use crate::runtime;
 use crate::store::{Lock, Store, StoreError};
 
 mod choose;
+mod cordon;
+mod destroy;
 mod keep;
+mod mode;
 mod offer;
 
-pub use keep::{Cordon, Cordons, Destroyed, Place};
+pub use cordon::{Cordon, Cordons, Occupant};
+pub use destroy::{Destroyed, Place};
+pub use mode::{Changed, Client};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
 
 /// Longest wait for the lock in acquire and reconcile.
@@ -136,7 +141,7 @@ pub struct Engine<'a> {
 enum Obstacle {
     /// Try again later.
     Busy(String),
-    /// Not surely ours, and something holds it.
+    /// Not surely ours, or gone without its holder, and something holds it.
     Held(String),
 }
 
@@ -332,6 +337,9 @@ impl<'a> Engine<'a> {
     /// Gives back what `token` holds, if it is `container`'s where one is named. Idempotent: unknown is success.
     pub fn release(&self, token: &str, container: Option<&str>, why: &str) -> Result<Released, Failure> {
         let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Unknown) };
+        if lease.state == State::Static {
+            return Err(Failure::Stale(format!("{token} keeps a slice; only migctl destroy ends that")));
+        }
         if let (Some(given), Some(holder)) = (container, &lease.holder.container)
             && given != holder
         {
@@ -441,7 +449,7 @@ impl<'a> Engine<'a> {
             None => Init::Unknown,
         };
         // Looking through every process is for the few leases whose end depends on it.
-        let unsure = init == Init::Dead || lease.state == State::Quarantined;
+        let unsure = init == Init::Dead || (lease.state == State::Quarantined && init != Init::Alive);
         Facts {
             announced: self.store.announced(&lease.token),
             owner_alive: holder.owner.is_some_and(host::alive),
@@ -492,10 +500,18 @@ impl<'a> Engine<'a> {
 
     /// Destroys a lease's slices, one try, and forgets it when nothing is left. What is in the way stays recorded.
     fn free(&self, lock: &Lock, mut lease: Lease, why: &str) -> Action {
-        let recovering = matches!(lease.state, State::Pending | State::Quarantined);
+        let before = lease.state;
+        let recovering = matches!(before, State::Pending | State::Quarantined);
         lease.state = State::Releasing;
         lease.reason = Some(why.to_owned());
-        let mut result = self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| None);
+        // Whatever became of its slices, nobody else gets their minors while a process has them.
+        let quarantined = before == State::Quarantined && self.held(&lease);
+        let held = || Obstacle::Held(format!("a process of {} still lives or has it open", lease.held_by()));
+        let stop = quarantined.then(held);
+        let mut result = match stop {
+            Some(held) => Ok(Some(held)),
+            None => self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| None),
+        };
         for at in 0..lease.slices.len() {
             if let Ok(None) = result {
                 result = self.destroy(lock, &mut lease, at, recovering);
@@ -614,6 +630,9 @@ impl<'a> Engine<'a> {
     }
 
     fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
+        if lease.reserved_for.is_some() {
+            self.open_nodes(lease)?;
+        }
         self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
         audit_release(lease);
         Ok(())

@@ -43,6 +43,19 @@ pub struct ProcessId {
     pub start: u64,
 }
 
+/// The capability of a GPU instance, or of a compute instance in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capability {
+    /// Minor of its node.
+    pub minor: u32,
+    /// Minor of the GPU.
+    pub gpu: u32,
+    /// GPU-instance id.
+    pub gi: u32,
+    /// Compute-instance id.
+    pub ci: Option<u32>,
+}
+
 /// Mode, owner and group of a node on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NodeMode {

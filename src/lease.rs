@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::{ComputeInstance, Device, Instance, Placement, Profile, ProfileId};
-use crate::host::ProcessId;
+use crate::host::{Capability, ProcessId};
 
 /// Version of the record. Another one on disk is refused and left alone.
 pub const VERSION: u64 = 1;
@@ -202,7 +202,29 @@ impl Holder {
     }
 }
 
+impl Holder {
+    /// What stops its container, as far as its engine can be told: docker and the CRI give each runtime a root of their own,
+    /// and precreate hooks are podman's.
+    pub fn stop_command(&self) -> Option<String> {
+        let id = self.container.as_deref().map(short)?;
+        let root = self.runtime_root.as_deref().map(|root| root.to_string_lossy()).unwrap_or_default();
+        match self.way {
+            Way::Precreate => Some(format!("podman stop {id}")),
+            _ if root.ends_with("/moby") => Some(format!("docker stop {id}")),
+            _ if root.ends_with("/k8s.io") => Some(format!("crictl stop {id}")),
+            _ => None,
+        }
+    }
+}
+
 impl Slice {
+    /// Its capabilities, as far as they are known.
+    pub fn capabilities(&self) -> Vec<Capability> {
+        let of = |minor: Option<u32>, ci| Some(Capability { minor: minor?, gpu: self.gpu_minor, gi: self.gi?, ci });
+        let compute = self.ci.and_then(|ci| of(self.ci_minor, Some(ci)));
+        of(self.gi_minor, None).into_iter().chain(compute).collect()
+    }
+
     /// One that is to be cut.
     pub fn planned(device: &Device, profile: &Profile, placement: Placement) -> Slice {
         Slice {
@@ -336,7 +358,9 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
     match lease.state {
         State::Pending => return Verdict::Free("the process that was cutting it died"),
         State::Releasing => return Verdict::Free("its holder has ended"),
-        State::Quarantined if facts.held => return Verdict::Keep("quarantined, and still held by a process"),
+        State::Quarantined if facts.held || facts.init == Init::Alive => {
+            return Verdict::Keep("quarantined, and still held by a process");
+        }
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
         State::Static => return Verdict::Keep("kept until migctl destroys it"),
         State::Active if facts.announced => return Verdict::Free("its container has ended"),
@@ -429,6 +453,7 @@ pub(crate) mod tests {
             (State::Releasing, Way::Precreate, false, true, Alive, true, true, 0, 'F'),
             (State::Static, Way::Create, true, false, Unknown, true, true, 999_999, 'K'),
             (State::Quarantined, Way::Shim, true, false, Dead, true, true, 0, 'K'),
+            (State::Quarantined, Way::Shim, false, false, Alive, false, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Dead, false, true, 0, 'F'),
             (State::Active, Way::Precreate, true, true, Alive, true, true, 0, 'F'),
             (State::Active, Way::Precreate, false, false, Alive, true, true, 999_999, 'K'),

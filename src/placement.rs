@@ -235,12 +235,7 @@ impl fmt::Display for Held {
 /// The profiles that serve each want on each GPU, or the refusal when there are none anywhere.
 pub fn candidates<'a>(rooms: &[Room<'a>], wants: &[Want]) -> Result<Vec<Candidates<'a>>, NoPlace> {
     let candidates_for = |want: &Want| {
-        let find = |device: &'a Device| match want {
-            Want::Profile(name) => profile::resolve_name(device, name),
-            Want::Memory { bytes } => profile::resolve_memory(device, *bytes),
-            Want::Uuid(_) => None,
-        };
-        let per_room: Vec<_> = rooms.iter().map(|room| find(room.device)).collect();
+        let per_room: Vec<_> = rooms.iter().map(|room| profile::resolve(room.device, want)).collect();
         if per_room.iter().any(Option::is_some) {
             return Ok(Candidates { label: want.to_string(), per_room });
         }

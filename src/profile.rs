@@ -4,6 +4,7 @@
 //! board has other names under other driver branches, so there is no built-in table.
 
 use crate::gpu::{ComputeInstance, Device, MigMode, Profile};
+use crate::request::Want;
 
 /// Why a text is no profile name for a container.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -146,6 +147,15 @@ pub fn format_size(bytes: u64) -> String {
 /// The profile of that exact name on one GPU.
 pub fn resolve_name<'a>(device: &'a Device, name: &str) -> Option<&'a Profile> {
     device.profiles.iter().find(|p| p.name == name)
+}
+
+/// The profile of one GPU that a want means; none for an existing slice.
+pub fn resolve<'a>(device: &'a Device, want: &Want) -> Option<&'a Profile> {
+    match want {
+        Want::Profile(name) => resolve_name(device, name),
+        Want::Memory { bytes } => resolve_memory(device, *bytes),
+        Want::Uuid(_) => None,
+    }
 }
 
 /// The smallest profile of one GPU with at least `bytes` of memory by the driver's own MiB: least memory, then fewest

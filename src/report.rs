@@ -70,6 +70,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
         return Some(match gpu {
             GpuError::NoPermission { .. } => Exit::NotAllowed,
             GpuError::NoRoom { .. } | GpuError::InUse { .. } => Exit::NoRoom,
+            GpuError::NotOffered(_) => Exit::BadRequest,
             _ => Exit::Unavailable,
         });
     }

@@ -17,16 +17,24 @@ use crate::report::{self, Exit};
 use crate::request::GpuSelector;
 use crate::store::Store;
 
+mod adopt;
 mod cdi;
 mod completions;
 mod configure;
 mod doctor;
+mod cordon;
+mod create;
+mod destroy;
+mod drain;
 mod gc;
 mod holder;
 mod leases;
 mod list;
 mod profiles;
+mod mode;
 mod release;
+mod reserve;
+mod target;
 
 /// Version of every verb's `--json` document.
 const JSON_VERSION: u32 = 1;
@@ -57,6 +65,22 @@ enum Verb {
     Release(release::Args),
     /// Free what nobody holds any more, and finish what was interrupted
     Gc,
+    /// Cut slices that stay, for whoever asks for them
+    Create(create::Args),
+    /// Take GPU instances away, with their compute instances
+    Destroy(destroy::Args),
+    /// Give existing GPU instances to mig-hook
+    Adopt(adopt::Args),
+    /// Have slices for the containers of one user only
+    Reserve(reserve::Args),
+    /// Close GPUs to new containers
+    Cordon(cordon::Args),
+    /// Open GPUs again that were cordoned or drained
+    Uncordon(cordon::OpenArgs),
+    /// Close GPUs to new containers and wait until nobody is left on them
+    Drain(drain::Args),
+    /// Turn MIG mode on or off, or show it
+    Mode(mode::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -98,6 +122,14 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Leases => leases::run(&settings()?, args.json),
         Verb::Release(verb) => release::run(&settings()?, verb, args.json),
         Verb::Gc => gc::run(&settings()?, args.json),
+        Verb::Create(verb) => create::run(&settings()?, verb, args.json),
+        Verb::Destroy(verb) => destroy::run(&settings()?, verb, args.json),
+        Verb::Adopt(verb) => adopt::run(&settings()?, verb, args.json),
+        Verb::Reserve(verb) => reserve::run(&settings()?, verb, args.json),
+        Verb::Cordon(verb) => cordon::run(&settings()?, verb, args.json),
+        Verb::Uncordon(verb) => cordon::open(&settings()?, verb, args.json),
+        Verb::Drain(verb) => drain::run(&settings()?, verb, args.json),
+        Verb::Mode(verb) => mode::run(&settings()?, verb, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),

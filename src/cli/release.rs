@@ -6,7 +6,7 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::engine::{Engine, Failure, Released};
 use crate::gpu::nvml::Nvml;
-use crate::lease::Lease;
+use crate::lease::{Lease, State};
 use crate::report::Exit;
 
 /// Arguments of `migctl release`.
@@ -31,6 +31,10 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let lease = find(&engine.leases()?, &args.name)?;
+    if lease.state == State::Static {
+        let why = format!("{} keeps a slice until migctl destroy ends it; see migctl list", lease.token);
+        return Err(Failure::BadRequest(why).into());
+    }
     if engine.is_alive(&lease) {
         let who = lease.held_by();
         return Err(Failure::NotAllowed(format!(

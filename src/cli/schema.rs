@@ -9,10 +9,21 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Document, configure, doctor, gc, leases, list, profiles, release};
+use super::{
+    Document, adopt, configure, cordon, create, destroy, drain, gc, leases, list, mode, profiles, release, reserve,
+};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
+        ("adopt", schema::<adopt::Answer>("adopt")),
+        ("cordon", schema::<cordon::Answer>("cordon")),
+        ("create", schema::<create::Answer>("create")),
+        ("destroy", schema::<destroy::Answer>("destroy")),
+        ("drain", schema::<drain::Answer>("drain")),
+        ("mode", schema::<mode::Answer>("mode")),
+        ("reserve", schema::<reserve::Answer>("reserve")),
+        ("uncordon", schema::<cordon::Answer>("uncordon")),
         ("configure", schema::<configure::Report>("configure")),
         ("doctor", schema::<doctor::Report>("doctor")),
         ("gc", schema::<gc::Report>("gc")),

@@ -1,84 +1,82 @@
 //! Slices that an administrator keeps: cut for nobody yet, or given to us. A container that gets one has a lease of its own
 //! beside the record that keeps it, and leaves the slice as it was.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cut::Cut;
-use crate::gpu::{Device, Instance};
+use crate::gpu::{Device, GpuError, Instance};
 use crate::host;
 use crate::lease::{Lease, Slice, State, Step, Way};
+use crate::profile;
 use crate::request::{GpuSelector, Want};
 use crate::store::Lock;
 
 use super::choose::usable;
-use super::{ACQUIRE_LOCK_WAIT, Action, Engine, Failure, RELEASE_PAUSES, action, audit, audited, new_holder};
-
-/// A GPU that is closed to new holders.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Cordon {
-    /// Why, in the administrator's words.
-    pub reason: Option<String>,
-    /// Milliseconds since 1970.
-    pub since_ms: u64,
-    /// Login uid of who did it.
-    pub uid: Option<u32>,
-}
-
-/// By GPU UUID. Kept until the end of the boot.
-pub type Cordons = BTreeMap<String, Cordon>;
-
-impl Cordon {
-    /// For messages.
-    pub fn sentence(&self, device: &Device) -> String {
-        let reason = self.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
-        format!("{} is cordoned{reason}; migctl uncordon {} opens it again", device.label(), device.index)
-    }
-}
-
-/// A GPU instance by GPU UUID and id.
-pub type Place = (String, u32);
-
-/// What became of one GPU instance that was to be destroyed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destroyed {
-    /// It is gone.
-    Done,
-    /// The driver calls it in use: it is as it was.
-    Unchanged(String),
-    /// Its compute instances are gone, it is not: gc goes on with it.
-    Half(String),
-}
+use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, audited, new_holder};
 
 impl Engine<'_> {
-    /// Cuts GPU instances and keeps them, all or none, at the best placements or all from `start` on. One record each. A
-    /// cordoned GPU is used only when it is named.
+    /// Cuts GPU instances and keeps them, all or none, at the best placements. One record each. `start`: the first memory
+    /// slice of a single one. A cordoned GPU is used only when it is named.
     pub fn create(
         &self,
         cuts: &[Cut],
         gpu: Option<&GpuSelector>,
         start: Option<u32>,
-        reserved_for: Option<u32>,
     ) -> Result<Vec<Lease>, Failure> {
-        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
+        let lock = self.lock_for_change()?;
         self.reap(&lock)?;
-        let cordons = if gpu.is_some() { Cordons::new() } else { self.cordons()? };
-        let mut devices = usable(self.managed_gpus()?, gpu, &cordons, &[])?;
-        if let Some(start) = start {
-            for profile in devices.iter_mut().flat_map(|device| &mut device.profiles) {
-                profile.placements.retain(|placement| placement.start == start);
-            }
-            devices.iter_mut().for_each(|device| device.profiles.retain(|profile| !profile.placements.is_empty()));
-        }
-        self.create_locked(&lock, cuts, &devices, reserved_for)
+        let devices = self.to_cut_on(cuts, gpu, start)?;
+        self.create_locked(&lock, cuts, &devices, None)
     }
 
-    /// The same under a lock that is held already, with leases in step.
+    /// The slices that `create` would cut as things stand, a list for each GPU instance. Changes nothing.
+    pub fn plan_create(
+        &self,
+        cuts: &[Cut],
+        gpu: Option<&GpuSelector>,
+        start: Option<u32>,
+    ) -> Result<Vec<Vec<Slice>>, Failure> {
+        self.planned(cuts, &self.to_cut_on(cuts, gpu, start)?, &self.leases()?)
+    }
+
+    /// The lock, with the records of this boot.
+    pub(super) fn lock_for_change(&self) -> Result<Lock, Failure> {
+        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+        self.store.begin_boot(&lock, &host::boot_id()?)?;
+        Ok(lock)
+    }
+
+    /// The GPUs on which something may be cut, with those placements that count.
+    fn to_cut_on(
+        &self,
+        cuts: &[Cut],
+        gpu: Option<&GpuSelector>,
+        start: Option<u32>,
+    ) -> Result<Vec<Device>, Failure> {
+        let cordons = if gpu.is_some() { Cordons::new() } else { self.cordons()? };
+        let devices = usable(self.managed_gpus()?, gpu, &cordons, &[])?;
+        match (start, cuts) {
+            (None, _) => Ok(devices),
+            (Some(start), [cut]) => starting_at(devices, &cut.want, start),
+            (Some(_), several) => Err(Failure::BadRequest(format!(
+                "a start is for one GPU instance, and this asks for {}; cut them one after the other",
+                several.len()
+            ))),
+        }
+    }
+
+    fn planned(&self, cuts: &[Cut], devices: &[Device], leases: &[Lease]) -> Result<Vec<Vec<Slice>>, Failure> {
+        let wants: Vec<Want> = cuts.iter().map(|cut| cut.want.clone()).collect();
+        let places = self.place(devices, leases, &wants)?;
+        let slices = |(cut, place): (&Cut, Slice)| match cut.computes.as_slice() {
+            [] => vec![place],
+            computes => computes.iter().map(|c| place.clone().with_compute(Some(*c))).collect(),
+        };
+        Ok(cuts.iter().zip(places).map(slices).collect())
+    }
+
+    /// The same as `create` under a lock that is held already, with leases in step. `reserved_for`: the only user who gets
+    /// them.
     pub(super) fn create_locked(
         &self,
         lock: &Lock,
@@ -86,25 +84,14 @@ impl Engine<'_> {
         devices: &[Device],
         reserved_for: Option<u32>,
     ) -> Result<Vec<Lease>, Failure> {
-        let wants: Vec<Want> = cuts.iter().map(|cut| cut.want.clone()).collect();
         let before = self.leases()?;
-        let places = self.place(devices, &before, &wants)?;
         let mut pending = Vec::new();
-        for (cut, place) in cuts.iter().zip(places) {
-            let slices = match cut.computes.as_slice() {
-                [] => vec![place],
-                computes => computes.iter().map(|c| place.clone().with_compute(Some(*c))).collect(),
-            };
+        for slices in self.planned(cuts, devices, &before)? {
             let lease = self.new_lease(&new_holder(Way::Create, std::process::id()), slices)?;
             pending.push(Lease { reserved_for, ..lease });
         }
         for at in 0..pending.len() {
-            let cut = self
-                .store
-                .put(lock, &pending[at].token, &pending[at])
-                .map_err(Failure::from)
-                .and_then(|()| self.cut(lock, &mut pending[at], &before).map_err(|(_, failure)| failure));
-            if let Err(failure) = cut {
+            if let Err(failure) = self.cut_to_keep(lock, &mut pending[at], &before) {
                 for lease in pending.drain(..=at) {
                     self.free(lock, lease, "not all of what was asked for could be cut");
                 }
@@ -115,122 +102,41 @@ impl Engine<'_> {
         for lease in &mut pending {
             lease.state = State::Static;
             self.store.put(lock, &lease.token, lease)?;
-            audit("create", &lease.holder, json!({"token": lease.token, "slices": audited(lease)}));
+            audit("create", &lease.holder, kept(lease));
         }
         self.look_afresh(lock);
         Ok(pending)
     }
 
-    /// Destroys GPU instances with their compute instances, whoever cut them. Refuses up front, and changes nothing, when
-    /// one is held or in use, unless forced; a holder whose slice is destroyed all the same keeps its minors until it ends.
-    pub fn destroy_instances(&self, places: &[Place], force: bool) -> Result<Vec<Destroyed>, Failure> {
-        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
-        self.reap(&lock)?;
-        self.destroy_locked(&lock, places, force)
-    }
-
-    /// The same under a lock that is held already, with leases in step.
-    pub(super) fn destroy_locked(&self, lock: &Lock, places: &[Place], force: bool) -> Result<Vec<Destroyed>, Failure> {
-        let devices = self.managed_gpus()?;
-        let mut found = Vec::new();
-        let mut refusals = Vec::new();
-        for (gpu, gi) in places {
-            let Some((device, instance)) = find(&devices, gpu, *gi) else {
-                return Err(Failure::BadRequest(format!(
-                    "there is no GPU instance {gi} on {gpu}; nothing was destroyed"
-                )));
-            };
-            refusals.extend(self.why_not_destroy(device, instance)?);
-            found.push((device, instance));
+    fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
+        self.store.put(lock, &lease.token, lease)?;
+        match self.cut(lock, lease, others) {
+            Err((_, Failure::Gpu(GpuError::NotOffered(why)))) => return Err(Failure::BadRequest(why)),
+            Err((_, failure)) => return Err(failure),
+            Ok(()) => {}
         }
-        if !force && !refusals.is_empty() {
-            return Err(Failure::NoRoom(format!("{}; nothing was destroyed", refusals.join("; "))));
+        if lease.reserved_for.is_some() {
+            self.store.put(lock, &lease.token, lease)?; // the minors of its nodes
+            self.close_nodes(lease)?;
         }
-        let destroyed = found.into_iter().map(|(device, instance)| self.destroy_one(lock, device, instance)).collect();
-        self.look_afresh(lock);
-        destroyed
-    }
-
-    /// Why a GPU instance should stay, if it should.
-    pub fn why_not_destroy(&self, device: &Device, instance: &Instance) -> Result<Option<String>, Failure> {
-        let name = format!("GPU instance {} on {}", instance.id, device.label());
-        let leases = self.leases()?;
-        let holder =
-            leases.iter().filter(|lease| lease.state != State::Static).find(|lease| is_of(lease, device, instance));
-        if let Some(lease) = holder {
-            return Ok(Some(format!("{name} is held by {}", lease.held_by())));
-        }
-        let user = self.user_in(&device.uuid, device.minor, instance)?;
-        Ok(user.map(|pid| format!("{name} is in use by process {pid} ({})", host::process_name(pid))))
-    }
-
-    fn destroy_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<Destroyed, Failure> {
-        let mut before = self.leases()?;
-        before.retain(|lease| is_of(lease, device, instance));
-        let kept = before.iter().position(|lease| lease.state == State::Static).map(|at| before.remove(at));
-        // With all of its compute instances as they are now: they may be a rival's work of this minute.
-        let mut record = match &kept {
-            Some(kept) => kept.clone(),
-            None => self.new_lease(&new_holder(Way::Adopt, std::process::id()), Vec::new())?,
-        };
-        record.slices = slices_of(device, instance).ok_or_else(|| unlisted(device, instance))?;
-        for slice in &mut record.slices {
-            slice.ours = true;
-        }
-        let mut pauses = RELEASE_PAUSES.iter();
-        loop {
-            let done = self.free(lock, record.clone(), "destroyed by migctl");
-            let half = || {
-                self.gpu
-                    .instances(&device.uuid)
-                    .map(|all| all.iter().all(|i| i.id != instance.id || i.compute.is_empty()))
-            };
-            match done.result {
-                "freed" => break,
-                "busy" if half()? => return Ok(Destroyed::Half(done.reason)),
-                "busy" => match pauses.next() {
-                    // Nobody else can go on meanwhile: half a second is what a destroy itself takes.
-                    Some(pause) => std::thread::sleep((*pause).min(Duration::from_millis(300))),
-                    None => {
-                        match &kept {
-                            Some(kept) => self.store.put(lock, &kept.token, kept)?,
-                            None => self.store.remove(lock, &record.token, None)?,
-                        }
-                        return Ok(Destroyed::Unchanged(done.reason));
-                    }
-                },
-                _ => return Ok(Destroyed::Half(done.reason)),
-            }
-        }
-        for mut lease in before {
-            lease.state = State::Quarantined;
-            lease.reason = Some("its slice was destroyed by migctl".into());
-            for slice in lease.slices.iter_mut().filter(|slice| slice.is_at(&device.uuid, instance)) {
-                slice.step = Step::Gone;
-            }
-            self.store.put(lock, &lease.token, &lease)?;
-        }
-        audit("destroy", &new_holder(Way::Create, std::process::id()), json!({"slices": audited(&record)}));
-        Ok(Destroyed::Done)
+        Ok(())
     }
 
     /// Keeps an existing GPU instance that mig-hook did not create. It may be in use: then it is given to nobody yet.
     pub fn adopt(&self, gpu: &str, gi: u32) -> Result<Lease, Failure> {
-        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
+        let lock = self.lock_for_change()?;
+        self.reap(&lock)?;
         let devices = self.managed_gpus()?;
-        let Some((device, instance)) = find(&devices, gpu, gi) else {
-            return Err(Failure::BadRequest(format!("there is no GPU instance {gi} on {gpu}")));
-        };
-        let name = format!("GPU instance {gi} on {}", device.label());
-        if let Some(lease) = self.leases()?.iter().find(|lease| is_of(lease, device, instance)) {
-            let why = if lease.state == State::Static {
-                "kept already".into()
-            } else {
-                format!("held by {}", lease.held_by())
-            };
-            return Err(Failure::NoRoom(format!("{name} is {why}")));
+        let (device, instance) = find(&devices, gpu, gi)?;
+        let name = name_of(device, instance);
+        for lease in self.leases()?.iter().filter(|lease| is_of(lease, device, instance)) {
+            if lease.state == State::Static {
+                return Err(Failure::NoRoom(format!("{name} is kept already")));
+            }
+            if lease.slices.iter().any(|slice| slice.ours && slice.is_at(&device.uuid, instance)) {
+                let who = lease.held_by();
+                return Err(Failure::NoRoom(format!("{name} was cut for {who}, and is destroyed when that ends")));
+            }
         }
         if instance.compute.is_empty() {
             return Err(Failure::BadRequest(format!(
@@ -238,13 +144,155 @@ impl Engine<'_> {
                 device.index
             )));
         }
-        let slices = slices_of(device, instance).ok_or_else(|| unlisted(device, instance))?;
+        let slices = slices_of(device, instance)?;
         let lease = self.new_lease(&new_holder(Way::Adopt, std::process::id()), slices)?;
         let lease = Lease { state: State::Static, slices: self.with_minors(lease.slices)?, ..lease };
         self.store.put(&lock, &lease.token, &lease)?;
-        audit("adopt", &lease.holder, json!({"token": lease.token, "slices": audited(&lease)}));
+        audit("adopt", &lease.holder, kept(&lease));
         self.look_afresh(&lock);
         Ok(lease)
+    }
+
+    /// Gives an adopted GPU instance up again: it stays, and is nobody's.
+    pub fn give_up(&self, gpu: &str, gi: u32) -> Result<Lease, Failure> {
+        let lock = self.lock_for_change()?;
+        let devices = self.managed_gpus()?;
+        let (device, instance) = find(&devices, gpu, gi)?;
+        let lease = self.kept_at(device, instance)?;
+        if lease.holder.way != Way::Adopt {
+            let (name, place) = (name_of(device, instance), format!("{}/{gi}", device.index));
+            return Err(Failure::BadRequest(format!(
+                "{name} was cut by migctl, not adopted; migctl destroy {place} takes it away"
+            )));
+        }
+        if lease.reserved_for.is_some() {
+            self.open_nodes(&lease)?;
+        }
+        self.store.remove(&lock, &lease.token, None)?;
+        audit("give-up", &new_holder(Way::Adopt, std::process::id()), kept(&lease));
+        self.look_afresh(&lock);
+        Ok(lease)
+    }
+
+    /// Has GPU instances for the containers of one user only: free kept ones, then new ones; all or none.
+    pub fn reserve(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, uid: u32) -> Result<Vec<Lease>, Failure> {
+        if let Some(cut) = cuts.iter().find(|cut| !cut.computes.is_empty()) {
+            return Err(Failure::BadRequest(format!(
+                "{cut} is a part of a GPU instance; what is reserved is a whole one, {}",
+                cut.want
+            )));
+        }
+        let lock = self.lock_for_change()?;
+        self.reap(&lock)?;
+        let devices = self.to_cut_on(cuts, gpu, None)?;
+        let leases = self.leases()?;
+        let (mut found, mut to_cut) = (Vec::new(), Vec::new());
+        for cut in cuts {
+            match self.free_kept(&devices, &leases, &cut.want, &found)? {
+                Some(lease) => found.push(lease),
+                None => to_cut.push(cut.clone()),
+            }
+        }
+        let mut reserved =
+            if to_cut.is_empty() { Vec::new() } else { self.create_locked(&lock, &to_cut, &devices, Some(uid))? };
+        for lease in found {
+            reserved.push(self.mark(&lock, lease, Some(uid))?);
+        }
+        Ok(reserved)
+    }
+
+    /// Has a kept GPU instance for the containers of that user only, or with `None` for everybody again.
+    pub fn reserve_for(&self, gpu: &str, gi: u32, owner: Option<u32>) -> Result<Lease, Failure> {
+        let lock = self.lock_for_change()?;
+        self.reap(&lock)?;
+        let devices = self.managed_gpus()?;
+        let (device, instance) = find(&devices, gpu, gi)?;
+        let lease = self.kept_at(device, instance)?;
+        let name = name_of(device, instance);
+        if let (Some(theirs), Some(uid)) = (lease.reserved_for, owner)
+            && theirs != uid
+        {
+            return Err(Failure::NoRoom(format!("{name} is reserved for uid {theirs}; end that first, with --end")));
+        }
+        // Its holder may be somebody else, who would keep it in spite of the reservation.
+        if owner.is_some()
+            && lease.reserved_for.is_none()
+            && let Some(why) = self.why_not_destroy(device, instance)?
+        {
+            return Err(Failure::NoRoom(why));
+        }
+        self.mark(&lock, lease, owner)
+    }
+
+    /// The record that keeps a GPU instance.
+    fn kept_at(&self, device: &Device, instance: &Instance) -> Result<Lease, Failure> {
+        let mut leases = self.leases()?.into_iter();
+        leases.find(|lease| lease.state == State::Static && is_of(lease, device, instance)).ok_or_else(|| {
+            let (name, place) = (name_of(device, instance), format!("{}/{}", device.index, instance.id));
+            Failure::BadRequest(format!("{name} is not kept; migctl adopt {place} gives it to mig-hook"))
+        })
+    }
+
+    /// A kept GPU instance that is whole, for everybody, and that nobody has or uses.
+    fn free_kept(
+        &self,
+        devices: &[Device],
+        leases: &[Lease],
+        want: &Want,
+        taken: &[Lease],
+    ) -> Result<Option<Lease>, Failure> {
+        for device in devices {
+            let Some(profile) = profile::resolve(device, want) else { continue };
+            for instance in device.instances.iter().filter(|i| i.profile == profile.id && i.is_whole(profile)) {
+                let mut of_it = leases.iter().filter(|lease| is_of(lease, device, instance));
+                let (Some(kept), None) = (of_it.next(), of_it.next()) else { continue };
+                let free = kept.state == State::Static && kept.reserved_for.is_none() && !taken.contains(kept);
+                if free && self.user_in(&device.uuid, device.minor, instance)?.is_none() {
+                    return Ok(Some(kept.clone()));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Writes down for whom a kept slice is, and lets that user alone open its nodes, or everybody. In an order in which the
+    /// next look at the records closes what a killed run left open.
+    fn mark(&self, lock: &Lock, before: Lease, owner: Option<u32>) -> Result<Lease, Failure> {
+        let lease = Lease { reserved_for: owner, ..before.clone() };
+        if owner.is_none() && before.reserved_for.is_some() {
+            self.open_nodes(&lease)?;
+        }
+        self.store.put(lock, &lease.token, &lease)?;
+        if owner.is_some()
+            && let Err(failure) = self.close_nodes(&lease)
+        {
+            self.open_nodes(&lease)?;
+            self.store.put(lock, &before.token, &before)?;
+            return Err(failure);
+        }
+        if owner != before.reserved_for {
+            audit("reserve", &new_holder(lease.holder.way, std::process::id()), kept(&lease));
+        }
+        Ok(lease)
+    }
+
+    /// Lets the owner of a reserved slice alone open its capability nodes.
+    fn close_nodes(&self, lease: &Lease) -> Result<(), Failure> {
+        let majors = self.host.majors()?;
+        for capability in lease.slices.iter().flat_map(Slice::capabilities) {
+            self.host.own_capability(majors.caps, capability, lease.reserved_for)?;
+        }
+        Ok(())
+    }
+
+    /// Lets everybody open them again, as the driver has it; also of a slice that is not there any more: its numbers come
+    /// again.
+    pub(super) fn open_nodes(&self, lease: &Lease) -> Result<(), Failure> {
+        let majors = self.host.majors()?;
+        for capability in lease.slices.iter().flat_map(Slice::capabilities) {
+            self.host.own_capability(majors.caps, capability, None)?;
+        }
+        Ok(())
     }
 
     fn with_minors(&self, mut slices: Vec<Slice>) -> Result<Vec<Slice>, Failure> {
@@ -266,6 +314,9 @@ impl Engine<'_> {
     ) -> Result<Vec<Action>, Failure> {
         let mut dropped = Vec::new();
         for lease in take_vanished(devices, leases) {
+            if lease.reserved_for.is_some() {
+                self.open_nodes(&lease)?;
+            }
             self.store.remove(lock, &lease.token, None)?;
             let why = "it is not there any more: its GPU was reset, or another tool destroyed it";
             audit("lost", &lease.holder, json!({"token": lease.token, "reason": why, "slices": audited(&lease)}));
@@ -274,8 +325,8 @@ impl Engine<'_> {
         Ok(dropped)
     }
 
-    /// Kept slices that have gone, and the CDI spec, where there is either: done when the leases themselves are in step. A
-    /// failure stops nothing.
+    /// Kept slices that have gone, nodes of reserved ones, and the CDI spec, where there is any: done when the leases
+    /// themselves are in step. A failure stops nothing.
     pub(super) fn look_afresh(&self, lock: &Lock) -> Vec<Action> {
         let look = || {
             let mut leases = self.leases()?;
@@ -284,6 +335,8 @@ impl Engine<'_> {
             }
             let devices = self.managed_devices()?;
             let dropped = self.drop_vanished(lock, &devices, &mut leases)?;
+            let reserved = leases.iter().filter(|lease| lease.state == State::Static && lease.reserved_for.is_some());
+            reserved.into_iter().try_for_each(|lease| self.close_nodes(lease))?;
             self.publish(lock, &devices, &leases);
             Ok(dropped)
         };
@@ -292,50 +345,74 @@ impl Engine<'_> {
             Vec::new()
         })
     }
-
-    /// The GPUs that are closed to new holders.
-    pub fn cordons(&self) -> Result<Cordons, Failure> {
-        Ok(self.store.cordons()?)
-    }
-
-    /// Closes a GPU to new holders, or opens it again with `None`. What runs there goes on. False when it was so already.
-    pub fn cordon(&self, gpu: &str, cordon: Option<Cordon>) -> Result<bool, Failure> {
-        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
-        let mut cordons = self.cordons()?;
-        let changed = match cordon {
-            Some(cordon) if !cordons.contains_key(gpu) => cordons.insert(gpu.to_owned(), cordon).is_none(),
-            Some(_) => false,
-            None => cordons.remove(gpu).is_some(),
-        };
-        self.store.put_cordons(&lock, &cordons)?;
-        Ok(changed)
-    }
 }
 
 /// A GPU instance of these GPUs.
-fn find<'a>(devices: &'a [Device], gpu: &str, gi: u32) -> Option<(&'a Device, &'a Instance)> {
-    let device = devices.iter().find(|device| device.uuid == gpu)?;
-    Some((device, device.instances.iter().find(|instance| instance.id == gi)?))
+pub(super) fn find<'a>(devices: &'a [Device], gpu: &str, gi: u32) -> Result<(&'a Device, &'a Instance), Failure> {
+    let device = devices.iter().find(|device| device.uuid == gpu);
+    let found = device.and_then(|device| Some((device, device.instances.iter().find(|i| i.id == gi)?)));
+    found.ok_or_else(|| {
+        let on = device.map_or_else(|| gpu.to_owned(), Device::label);
+        Failure::BadRequest(format!("there is no GPU instance {gi} on {on}"))
+    })
+}
+
+/// `GPU instance 0/7`, as every verb names it.
+pub(super) fn name_of(device: &Device, instance: &Instance) -> String {
+    format!("GPU instance {}/{}", device.index, instance.id)
 }
 
 /// Whether a lease has, or keeps, that GPU instance.
-fn is_of(lease: &Lease, device: &Device, instance: &Instance) -> bool {
+pub(super) fn is_of(lease: &Lease, device: &Device, instance: &Instance) -> bool {
     lease.slices.iter().any(|slice| slice.is_at(&device.uuid, instance))
 }
 
-/// A GPU instance as a record has it: a slice for each compute instance, or one without. `None` for an unknown profile.
-fn slices_of(device: &Device, instance: &Instance) -> Option<Vec<Slice>> {
-    if instance.compute.is_empty() {
-        let planned = Slice::planned(device, device.profile(instance.profile)?, instance.placement);
-        return Some(vec![Slice { gi: Some(instance.id), step: Step::DestroyingInstance, ..planned }]);
-    }
-    instance.compute.iter().map(|compute| Slice::located(device, instance, compute)).collect()
+/// A GPU instance as a record has it: a slice for each compute instance, or one without.
+pub(super) fn slices_of(device: &Device, instance: &Instance) -> Result<Vec<Slice>, Failure> {
+    let slices = || -> Option<Vec<Slice>> {
+        if instance.compute.is_empty() {
+            let planned = Slice::planned(device, device.profile(instance.profile)?, instance.placement);
+            return Some(vec![Slice { gi: Some(instance.id), step: Step::DestroyingInstance, ..planned }]);
+        }
+        instance.compute.iter().map(|compute| Slice::located(device, instance, compute)).collect()
+    };
+    slices().ok_or_else(|| {
+        let (label, profile) = (device.label(), instance.profile.0);
+        Failure::BadRequest(format!(
+            "{} has profile {profile}, which {label} does not list",
+            name_of(device, instance)
+        ))
+    })
 }
 
-fn unlisted(device: &Device, instance: &Instance) -> Failure {
-    let (label, gi, profile) = (device.label(), instance.id, instance.profile.0);
-    Failure::BadRequest(format!("GPU instance {gi} has profile {profile}, which {label} does not list"))
+/// The GPUs whose profile for `want` can start there, with that placement only.
+fn starting_at(mut devices: Vec<Device>, want: &Want, start: u32) -> Result<Vec<Device>, Failure> {
+    let offering = |device: &Device| profile::resolve(device, want).map(|profile| profile.id);
+    let starts = |device: &Device| {
+        let profile = profile::resolve(device, want)?;
+        let starts: Vec<String> = profile.placements.iter().map(|at| at.start.to_string()).collect();
+        Some(format!("{} starts at {} on {}", profile.name, starts.join(", "), device.label()))
+    };
+    let known: Vec<String> = devices.iter().filter_map(starts).collect();
+    if known.is_empty() {
+        return Ok(devices); // none offers it, which placing tells better
+    }
+    for device in &mut devices {
+        let wanted = offering(device);
+        for profile in device.profiles.iter_mut().filter(|profile| Some(profile.id) == wanted) {
+            profile.placements.retain(|placement| placement.start == start);
+        }
+    }
+    devices.retain(|device| profile::resolve(device, want).is_some_and(|profile| !profile.placements.is_empty()));
+    match devices.is_empty() {
+        true => Err(Failure::BadRequest(format!("{want} cannot start at {start}: {}", known.join("; ")))),
+        false => Ok(devices),
+    }
+}
+
+/// What the audit tells of a record.
+fn kept(lease: &Lease) -> serde_json::Value {
+    json!({"token": lease.token, "reserved_for": lease.reserved_for, "slices": audited(lease)})
 }
 
 /// Takes out of `leases` the kept slices that are not there any more.

@@ -79,7 +79,8 @@ impl Engine<'_> {
                 let [compute] = instance.compute.as_slice() else { continue };
                 let here = |lease: &&Lease| lease.slices.iter().any(|s| s.is_at(&device.uuid, instance));
                 let kept = leases.iter().filter(|lease| lease.state == State::Static).any(|lease| here(&lease));
-                let cut_for_one = leases.iter().filter(here).flat_map(|lease| &lease.slices).any(|s| s.ours);
+                let ours = |s: &Slice| s.ours && s.is_at(&device.uuid, instance);
+                let cut_for_one = leases.iter().flat_map(|lease| &lease.slices).any(ours);
                 if !kept && (cut_for_one || self.settings.foreign == Foreign::Refuse) {
                     continue;
                 }

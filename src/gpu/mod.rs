@@ -287,6 +287,9 @@ pub enum GpuError {
         /// The NVML function.
         call: &'static str,
     },
+    /// A compute instance of a size that its GPU instance does not offer, with those that it does.
+    #[error("{0}")]
+    NotOffered(String),
     /// NVML_ERROR_IN_USE (19).
     #[error("{call}: in use by another client")]
     InUse {

@@ -194,14 +194,13 @@ impl Gpu for Nvml {
         let fitting = offered.iter().filter(|p| Some(p.slices) == slices.or(all));
         let Some(profile) = fitting.max_by_key(|p| (p.sms, Reverse(p.id))) else {
             let sizes: Vec<String> = offered.iter().map(|p| format!("{}c", p.slices)).collect();
-            return Err(GpuError::Driver {
-                call: "nvmlGpuInstanceGetComputeInstanceProfileInfo",
-                code: NOT_SUPPORTED,
-                text: match slices {
-                    Some(slices) => format!("no compute instance of {slices}c; it offers {}", sizes.join(", ")),
-                    None => format!("no compute-instance profile fills a GPU instance of profile {}", made_with.0),
-                },
-            });
+            let name = offer.profiles.iter().find(|p| p.id == made_with).map_or("?", |p| p.name.as_str());
+            return Err(GpuError::NotOffered(match slices {
+                Some(slices) => {
+                    format!("{name} has no compute instance of {slices}c; it offers {}", sizes.join(", "))
+                }
+                None => format!("no compute-instance profile fills a GPU instance of {name}"),
+            }));
         };
         let compute = library.create_compute_instance(&instance, profile)?;
         match read_compute(library, &compute, profile) {

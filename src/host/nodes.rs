@@ -1,14 +1,14 @@
 //! Device nodes of the host, made where something takes them from there: a runtime that binds them into a user namespace,
 //! or whoever reads a CDI spec. The driver makes none; its tools do (nvidia-modprobe.c), and like them we remove none.
 
-use std::fs::{self, DirBuilder, Permissions};
-use std::io;
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::Path;
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use super::{Host, HostError, access_minor, read};
+use super::{Capability, Host, HostError, NodeMode, access_minor, read};
 
 impl Host {
     /// Makes a node of the GPUs or of uvm where it is missing or another device, with the mode and owner of the module's
@@ -23,6 +23,31 @@ impl Host {
         let file = self.proc_root.join(format!("driver/nvidia/capabilities/gpu{gpu}/mig/gi{gi}/{compute}access"));
         let minor = access_minor(&read(&file)?).ok_or_else(|| no_minor(&file))?;
         self.make(&format!("nvidia-caps/nvidia-cap{minor}"), major, minor, &file)
+    }
+
+    /// Gives the node of a capability to one user alone (0400), made anew so that no other access stays, or with `None` back
+    /// to everybody (0444, as the driver has it). nvidia-modprobe, which every user may call, sets mode and owner back
+    /// unless the capability's file says that they are not to be modified (nvidia-modprobe-utils.c, mknod_helper; nv-caps.c,
+    /// nv_cap_procfs_release). The instance may have gone.
+    pub fn own_capability(&self, major: u32, of: Capability, owner: Option<u32>) -> Result<(), HostError> {
+        let modify = i32::from(owner.is_none());
+        let compute = of.ci.map_or(String::new(), |ci| format!("ci{ci}/"));
+        let access = format!("driver/nvidia/capabilities/gpu{}/mig/gi{}/{compute}access", of.gpu, of.gi);
+        set_modify(&self.proc_root.join(access), modify)?;
+        let name = format!("nvidia-caps/nvidia-cap{}", of.minor);
+        let (mode, uid) = (if owner.is_some() { 0o400 } else { 0o444 }, owner.unwrap_or(0));
+        let is_so = |now: NodeMode| now.mode == mode && now.uid == uid;
+        match self.node_mode(&name, major, of.minor) {
+            Some(now) if is_so(now) => return Ok(()),
+            None if owner.is_none() => return Ok(()), // nobody can open what is not there
+            _ => {}
+        }
+        let path = self.dev_root.join(name);
+        place(&path, (major, of.minor), mode, (Some(uid), None)).map_err(|source| HostError::Node {
+            path: path.display().to_string(),
+            source,
+            remedy: format!("mknod -m {mode:o} {path} c {major} {}; chown {uid} {path}", of.minor, path = path.display()),
+        })
     }
 
     /// Makes /dev/char/MAJOR:MINOR, where udev keeps links to the devices that it knows, if nothing there is that device. For
@@ -86,6 +111,25 @@ fn place(path: &Path, device: (u32, u32), mode: u32, owner: (Option<u32>, Option
         .and_then(|()| fs::set_permissions(&temporary, Permissions::from_mode(mode)))
         .and_then(|()| fs::rename(&temporary, path));
     done.inspect_err(|_| drop(fs::remove_file(&temporary)))
+}
+
+/// Writes its last line into a capability's file, at its own place: the driver reads what is written, wherever, and takes
+/// only that line. Of an instance that has gone there is none.
+fn set_modify(file: &Path, value: i32) -> Result<(), HostError> {
+    let failed = |source| HostError::Read { path: file.display().to_string(), source };
+    let text = match fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    let line = format!("DeviceFileModify: {value}\n");
+    let Some(at) = text.find("DeviceFileModify:").filter(|_| !text.contains(&line)) else { return Ok(()) };
+    let write = || {
+        let mut file = OpenOptions::new().write(true).open(file)?;
+        file.seek(SeekFrom::Start(at as u64))?;
+        file.write_all(line.as_bytes())
+    };
+    write().map_err(failed)
 }
 
 /// A number in the driver's files of `Key: value` lines.
@@ -155,6 +199,35 @@ mod tests {
         host.make_capability(241, 0, 1, Some(0)).unwrap();
         assert_eq!(super::super::device(path.symlink_metadata().unwrap().rdev()), (241, 13));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing temporary is left");
+    }
+
+    #[test]
+    fn a_reserved_node_is_one_users_alone_until_it_is_given_back() {
+        let Some((dir, host)) = host(ACCESS) else { return };
+        let (path, access) =
+            (dir.path().join("dev/nvidia-caps/nvidia-cap13"), "proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access");
+        let of = Capability { minor: 13, gpu: 0, gi: 1, ci: Some(0) };
+        let seen = || path.symlink_metadata().map(|meta| (meta.uid(), meta.mode() & 0o777));
+        host.own_capability(240, of, None).unwrap();
+        assert!(seen().is_err(), "what is not there is open to nobody");
+        host.own_capability(240, of, Some(1000)).unwrap();
+        assert_eq!(seen().unwrap(), (1000, 0o400));
+        let closed = ACCESS.replace("Modify: 1", "Modify: 0");
+        assert_eq!(fs::read_to_string(dir.path().join(access)).unwrap(), closed);
+        let inode = path.symlink_metadata().unwrap().ino();
+        host.own_capability(240, of, Some(1000)).unwrap();
+        assert_eq!(path.symlink_metadata().unwrap().ino(), inode);
+        // As nvidia-modprobe leaves it that was called in between.
+        fs::set_permissions(&path, Permissions::from_mode(0o444)).unwrap();
+        host.own_capability(240, of, Some(1000)).unwrap();
+        assert_eq!(seen().unwrap(), (1000, 0o400));
+        host.own_capability(240, of, None).unwrap();
+        assert_eq!(seen().unwrap(), (0, 0o444));
+        assert_eq!(fs::read_to_string(dir.path().join(access)).unwrap(), ACCESS);
+        host.own_capability(240, of, Some(1000)).unwrap();
+        fs::remove_file(dir.path().join(access)).unwrap();
+        host.own_capability(240, of, None).unwrap();
+        assert_eq!(seen().unwrap(), (0, 0o444), "the instance has gone, and its number comes again");
     }
 
     #[test]
