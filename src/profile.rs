@@ -24,9 +24,7 @@ pub enum NameError {
         lower: String,
     },
     /// Anything else.
-    #[error(
-        "it is not a profile name; names look like 1g.10gb, 3g.40gb or 1g.10gb+me (nvidia-smi mig -lgip lists them)"
-    )]
+    #[error("it is not a profile name; names look like 1g.10gb, 3g.40gb or 1g.10gb+me (migctl profiles lists them)")]
     Form,
 }
 

@@ -472,7 +472,7 @@ fn parse_uuids(entry: &Entry<'_>) -> Result<Vec<Want>, RequestError> {
     for part in entry.value.split(',').map(str::trim) {
         let Some(uuid) = slice_uuid(part) else {
             return Err(entry.error(format!(
-                "'{}' is not the UUID of a MIG slice; nvidia-smi -L lists them, as MIG-aca87b1e-f22b-5b07-8b5e-6bd4e1e4a3a5",
+                "'{}' is not the UUID of a MIG slice; migctl list shows them, as MIG-aca87b1e-f22b-5b07-8b5e-6bd4e1e4a3a5",
                 shown(part)
             )));
         };

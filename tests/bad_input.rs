@@ -407,7 +407,7 @@ fn a_machine_that_can_not_serve_says_what_is_missing() {
     world.sim("clear-faults", &[]);
     world.assert_clean("after faults");
 
-    check(&World::with(&DEMO, &["--mig", "off"]), "MIG off", BAD_REQUEST, &["MIG mode off", "nvidia-smi -i 0 -mig 1"]);
+    check(&World::with(&DEMO, &["--mig", "off"]), "MIG off", BAD_REQUEST, &["MIG mode off", "migctl mode on 0"]);
     let pending = World::with(&["a100-sxm4-80gb"], &["--mig", "off"]);
     pending.sim("mode", &["--gpu", "0", "on"]);
     check(&pending, "MIG pending", BAD_REQUEST, &["after a reset", "nvidia-smi --gpu-reset -i 0"]);

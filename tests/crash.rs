@@ -286,6 +286,112 @@ fn several_slices_are_all_or_nothing_wherever_the_kill_comes() {
     }
 }
 
+// ---- what migctl cuts and destroys ----
+
+impl Stage {
+    fn migctl(&self, args: &[&str]) -> Output {
+        self.world.migctl(args)
+    }
+
+    /// Everything on the GPU is foreign or kept by one record that says what it is, and nothing else is recorded.
+    fn assert_kept(&self, when: &str) -> usize {
+        let leases = self.world.leases();
+        assert!(leases.iter().all(|lease| lease["state"] == "static"), "{when}: {leases:#?}");
+        let instances = self.world.instances();
+        assert_eq!(instances.len(), self.foreign.len() + leases.len(), "{when}: {instances:#?} {leases:#?}");
+        for lease in &leases {
+            let slices = lease["slices"].as_array().unwrap();
+            let here = |gi: &&Value| gi["id"] == slices[0]["gi"] && gi["placement"] == slices[0]["placement"];
+            let gi = instances.iter().find(here).unwrap_or_else(|| panic!("{when}: {lease}"));
+            let uuids = |values: &[Value]| values.iter().map(|value| value["uuid"].clone()).collect::<Vec<Value>>();
+            assert_eq!(uuids(gi["compute_instances"].as_array().unwrap()), uuids(slices), "{when}");
+        }
+        leases.len()
+    }
+}
+
+#[test]
+fn create_killed_at_every_call_leaves_all_of_it_or_nothing() {
+    for (request, whole) in [("2x1g.6gb", 2), ("2x1c.2g.12gb", 1)] {
+        let stage = Stage::new(Way::Podman);
+        stage.at_every_call(
+            60,
+            || {
+                for lease in stage.world.leases() {
+                    let output = stage.migctl(&["destroy", &format!("0/{}", lease["slices"][0]["gi"])]);
+                    assert!(output.status.success(), "{}", text(&output));
+                }
+                stage.assert_nothing_left("before");
+            },
+            |()| stage.migctl(&["create", request]),
+            |(), when| {
+                stage.gc(when);
+                let kept = stage.assert_kept(when);
+                assert!(kept == 0 || kept == whole, "{request} {when}: {kept} kept");
+            },
+        );
+    }
+}
+
+#[test]
+fn destroy_killed_at_every_call_leaves_it_whole_or_gone() {
+    let stage = Stage::new(Way::Podman);
+    stage.at_every_call(
+        60,
+        || {
+            if stage.world.leases().is_empty() {
+                let output = stage.migctl(&["create", "2x1c.2g.12gb"]);
+                assert!(output.status.success(), "{}", text(&output));
+            }
+            format!("0/{}", stage.world.leases()[0]["slices"][0]["gi"])
+        },
+        |place| stage.migctl(&["destroy", place]),
+        |_, when| {
+            stage.gc(when);
+            stage.assert_kept(when);
+        },
+    );
+}
+
+#[test]
+fn destroy_of_a_foreign_one_killed_at_every_call_leaves_it_untouched_or_gone() {
+    let mut stage = Stage::new(Way::Podman);
+    stage.foreign = vec![];
+    stage.world.sim("destroy", &["--gpu", "0", "--gi", &stage.world.instances()[0]["id"].to_string()]);
+    stage.at_every_call(
+        60,
+        || {
+            if stage.world.instances().is_empty() {
+                stage.world.sim("make", &["--gpu", "0", "--profile", "1g.6gb"]);
+            }
+            format!("0/{}", stage.world.instances()[0]["id"])
+        },
+        |place| stage.migctl(&["destroy", place]),
+        |_, when| {
+            stage.gc(when);
+            assert_eq!(stage.world.leases(), Vec::<Value>::new(), "{when}");
+            let left = stage.world.instances();
+            assert!(left.iter().all(|gi| gi["compute_instances"].as_array().unwrap().len() == 1), "{when}: {left:#?}");
+        },
+    );
+}
+
+#[test]
+fn adopt_killed_at_every_call_leaves_a_record_or_none() {
+    let stage = Stage::new(Way::Podman);
+    let place = format!("0/{}", stage.foreign[0]["id"]);
+    stage.at_every_call(
+        30,
+        || drop(stage.migctl(&["adopt", "--undo", "--all"])),
+        |()| stage.migctl(&["adopt", &place]),
+        |(), when| {
+            stage.gc(when);
+            assert_eq!(stage.world.instances(), stage.foreign, "{when}");
+            assert!(stage.world.leases().iter().all(|lease| lease["state"] == "static"), "{when}");
+        },
+    );
+}
+
 // ---- steps in the file system ----
 
 /// strace's words for a kill at the `nth` of these system calls: everywhere, or on one path only.

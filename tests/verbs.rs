@@ -30,6 +30,26 @@ mod profiles;
 #[path = "verbs/release.rs"]
 mod release;
 
+#[path = "verbs/adopt.rs"]
+mod adopt;
+#[path = "verbs/cordon.rs"]
+mod cordon;
+#[path = "verbs/create.rs"]
+mod create;
+#[path = "verbs/destroy.rs"]
+mod destroy;
+#[path = "verbs/drain.rs"]
+mod drain;
+#[path = "verbs/from_nvidia_smi.rs"]
+mod from_nvidia_smi;
+#[path = "verbs/habits.rs"]
+mod habits;
+#[path = "verbs/mode.rs"]
+mod mode;
+#[path = "verbs/reserve.rs"]
+mod reserve;
+#[path = "verbs/uncordon.rs"]
+mod uncordon;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 

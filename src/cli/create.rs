@@ -43,7 +43,7 @@ pub(super) struct Answer {
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
     let cuts = cut::parse(&args.request)?;
     let nvml = Nvml::at(&settings.nvml);
-    let engine = Engine::open(settings, &nvml)?;
+    let engine = if args.dry_run { Engine::look(settings, &nvml) } else { Engine::open(settings, &nvml)? };
     let gpu = args.gpu.as_ref();
     if let Some(gpu) = gpu {
         target::find_gpu(&engine.managed_gpus()?, gpu)?;

@@ -110,7 +110,9 @@ fn named<'a>(devices: &'a [Device], args: &Args) -> Result<Vec<Found<'a>>> {
         }
         found.push(one);
     }
-    if found.len() > 1 && let Some(part) = found.iter().find(|f| f.compute.is_some()) {
+    if found.len() > 1
+        && let Some(part) = found.iter().find(|f| f.compute.is_some())
+    {
         bail!(Misused(format!(
             "one of several compute instances is destroyed by itself: name it alone, or the whole GPU instance, {}/{}",
             part.device.index, part.instance.id

@@ -1,7 +1,8 @@
 //! `migctl`: argv, stdout and exit codes of the command for people and scripts. One verb a file.
 
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -13,9 +14,13 @@ use crate::engine::{Failure, leases_in};
 use crate::gpu::{ComputeInstance, Device, Gpu, Instance, MigDevice, Placement};
 use crate::lease::Lease;
 use crate::profile;
+use crate::gpu::Gpu;
+use crate::gpu::nvml::Nvml;
 use crate::report::{self, Exit};
 use crate::request::GpuSelector;
 use crate::store::Store;
+
+use habits::{Habit, Smi};
 
 mod adopt;
 mod cdi;
@@ -28,6 +33,7 @@ mod destroy;
 mod drain;
 mod gc;
 mod holder;
+mod habits;
 mod leases;
 mod list;
 mod profiles;
@@ -93,7 +99,18 @@ enum Verb {
 
 /// Parses the command line, runs the verb, and turns the outcome into an exit code.
 pub fn main() -> ExitCode {
-    let args = match Args::try_parse() {
+    let mut argv: Vec<OsString> = std::env::args_os().collect();
+    let words: Vec<String> = argv.iter().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    match habits::translate(&words) {
+        Some(Habit::Run(ours)) => {
+            eprintln!("migctl: this is `migctl {}`", ours.join(" "));
+            argv.truncate(1);
+            argv.extend(ours.into_iter().map(OsString::from));
+        }
+        Some(Habit::Smi(smi)) => return told(&smi, &words),
+        None => {}
+    }
+    let args = match Args::try_parse_from(argv) {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
@@ -108,6 +125,18 @@ pub fn main() -> ExitCode {
             ExitCode::from(report::exit_code(&error) as u8)
         }
     }
+}
+
+/// Tells what a command line of nvidia-smi is here. The driver is asked where there is one: it knows what its ids mean.
+fn told(smi: &Smi, words: &[String]) -> ExitCode {
+    let config = words.iter().position(|word| word == "--config").and_then(|at| words.get(at + 1));
+    let settings = Settings::load(config.map(Path::new)).unwrap_or_default();
+    let devices = Nvml::at(&settings.nvml).devices().unwrap_or_default();
+    eprintln!("migctl: that is for nvidia-smi; here it is:");
+    for line in smi.ours(&devices).iter().flat_map(|line| line.lines()) {
+        eprintln!("  {line}");
+    }
+    ExitCode::from(Exit::Usage as u8)
 }
 
 fn run(args: &Args) -> Result<Exit> {

@@ -186,7 +186,10 @@ fn to_stop(clients: &[Client]) -> Vec<String> {
 fn to_reset(device: &Device) -> Vec<String> {
     match device.mig {
         MigMode::EnablePending | MigMode::DisablePending => {
-            vec![format!("nvidia-smi --gpu-reset -i {}, which takes all slices of the GPU away; or a reboot", device.index)]
+            vec![format!(
+                "nvidia-smi --gpu-reset -i {}, which takes all slices of the GPU away; or a reboot",
+                device.index
+            )]
         }
         _ => Vec::new(),
     }

@@ -72,7 +72,9 @@ pub(super) fn find_slice<'a>(devices: &'a [Device], name: &str, on: Option<&GpuS
         ([gi], Some(device)) => (device, number(gi)?, None),
         ([gi], None) => {
             number(gi)?;
-            bail!(Misused(format!("{name} is a GPU instance of which GPU? Write GPU/{name}, as 0/{name}, or add --gpu")))
+            bail!(Misused(format!(
+                "{name} is a GPU instance of which GPU? Write GPU/{name}, as 0/{name}, or add --gpu"
+            )))
         }
         ([at, gi, rest @ ..], _) if rest.len() < 2 => {
             let device = find_gpu(devices, &gpu(at).map_err(|_| wrong())?)?;
@@ -144,13 +146,13 @@ impl Shown {
     /// The GPU instance of a record's slices; `None` of none.
     pub(super) fn of_slices(slices: &[Slice]) -> Option<Shown> {
         let first = slices.first()?;
-        let whole = first.profile_name.split_once("c.").map_or(first.profile_name.as_str(), |(_, whole)| whole);
+        let whole = profile::split_compute(&first.profile_name).map_or(first.profile_name.as_str(), |(_, whole)| whole);
         let device = |s: &Slice| MigDevice { ci: s.ci, profile: s.profile_name.clone(), uuid: s.uuid.clone() };
         Some(Shown {
             gpu_index: first.gpu_index,
             gpu: first.gpu.clone(),
             gi: first.gi,
-            profile: if first.compute_slices.is_some() { whole.to_owned() } else { first.profile_name.clone() },
+            profile: whole.to_owned(),
             start: first.placement.start,
             size: first.placement.size,
             memory_mib: first.memory_mib,
@@ -219,18 +221,15 @@ mod tests {
 
     fn devices() -> Vec<Device> {
         let compute = |id, uuid: &str| ComputeInstance { id, slices: 1, sms: 14, uuid: uuid.into() };
-        let instance = |id, compute| Instance {
-            id,
-            profile: ProfileId(9),
-            placement: Placement { start: 0, size: 4 },
-            compute,
-        };
+        let instance =
+            |id, compute| Instance { id, profile: ProfileId(9), placement: Placement { start: 0, size: 4 }, compute };
         let device = |index: u32, instances| Device {
             uuid: format!("GPU-0000000{index}-0000-0000-0000-000000000000"),
             name: "A100".into(),
             index,
             minor: index,
             pci_bus_id: format!("00000000:0{index}:00.0"),
+            pci_device_id: 0,
             mig: MigMode::On,
             profiles: vec![],
             instances,

@@ -483,6 +483,9 @@ fn mode_sentence(device: &Device) -> String {
         MigMode::EnablePending => {
             ("has MIG enabled only after a reset", format!("run: nvidia-smi --gpu-reset -i {}", device.index))
         }
+        MigMode::DisablePending => {
+            ("has MIG on only until a reset", format!("migctl mode on {} leaves it on", device.index))
+        }
         _ => ("has MIG mode off", format!("an administrator can turn it on: migctl mode on {}", device.index)),
     };
     format!("{} {what}; {remedy}", device.label())

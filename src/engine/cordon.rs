@@ -93,14 +93,13 @@ impl Engine<'_> {
         self.look_afresh(&lock);
         let leases = self.leases()?;
         drop(lock);
-        let here = |lease: &&Lease| {
-            lease.state != State::Static && lease.slices.iter().any(|slice| slice.gpu == device.uuid)
-        };
+        let here =
+            |lease: &&Lease| lease.state != State::Static && lease.slices.iter().any(|slice| slice.gpu == device.uuid);
         let mut occupants: Vec<Occupant> = leases.iter().filter(here).map(|l| holder(l, &device.uuid)).collect();
         for process in self.gpu.processes(&device.uuid)? {
-            let known = occupants.iter().any(|o| {
-                o.pid == Some(process.pid) || process.instance.is_some_and(|gi| o.gis.contains(&gi))
-            });
+            let known = occupants
+                .iter()
+                .any(|o| o.pid == Some(process.pid) || process.instance.is_some_and(|gi| o.gis.contains(&gi)));
             if !known && process.pid != std::process::id() {
                 occupants.push(Occupant {
                     gis: process.instance.into_iter().collect(),

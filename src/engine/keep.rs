@@ -17,12 +17,7 @@ use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, 
 impl Engine<'_> {
     /// Cuts GPU instances and keeps them, all or none, at the best placements. One record each. `start`: the first memory
     /// slice of a single one. A cordoned GPU is used only when it is named.
-    pub fn create(
-        &self,
-        cuts: &[Cut],
-        gpu: Option<&GpuSelector>,
-        start: Option<u32>,
-    ) -> Result<Vec<Lease>, Failure> {
+    pub fn create(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, start: Option<u32>) -> Result<Vec<Lease>, Failure> {
         let lock = self.lock_for_change()?;
         self.reap(&lock)?;
         let devices = self.to_cut_on(cuts, gpu, start)?;
@@ -47,12 +42,7 @@ impl Engine<'_> {
     }
 
     /// The GPUs on which something may be cut, with those placements that count.
-    fn to_cut_on(
-        &self,
-        cuts: &[Cut],
-        gpu: Option<&GpuSelector>,
-        start: Option<u32>,
-    ) -> Result<Vec<Device>, Failure> {
+    fn to_cut_on(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, start: Option<u32>) -> Result<Vec<Device>, Failure> {
         let cordons = if gpu.is_some() { Cordons::new() } else { self.cordons()? };
         let devices = usable(self.managed_gpus()?, gpu, &cordons, &[])?;
         match (start, cuts) {
@@ -378,10 +368,7 @@ pub(super) fn slices_of(device: &Device, instance: &Instance) -> Result<Vec<Slic
     };
     slices().ok_or_else(|| {
         let (label, profile) = (device.label(), instance.profile.0);
-        Failure::BadRequest(format!(
-            "{} has profile {profile}, which {label} does not list",
-            name_of(device, instance)
-        ))
+        Failure::BadRequest(format!("{} has profile {profile}, which {label} does not list", name_of(device, instance)))
     })
 }
 

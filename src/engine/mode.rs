@@ -9,7 +9,6 @@ use crate::gpu::{Activation, Device, GpuError, MigMode};
 use crate::host;
 use crate::lease::Way;
 
-use super::keep::name_of;
 use super::{Engine, Failure, audit, new_holder};
 
 /// What became of a change of the MIG mode.
@@ -46,9 +45,9 @@ impl Engine<'_> {
         if on || device.instances.is_empty() {
             return None;
         }
-        let names: Vec<String> = device.instances.iter().map(|instance| name_of(device, instance)).collect();
+        let names: Vec<String> = device.instances.iter().map(|i| format!("{}/{}", device.index, i.id)).collect();
         Some(Failure::NoRoom(format!(
-            "{} still has {}; migctl destroy --all --gpu {} takes them away",
+            "{} still has the GPU instances {}; migctl destroy --all --gpu {} takes them away",
             device.label(),
             names.join(", "),
             device.index
@@ -97,7 +96,8 @@ impl Engine<'_> {
     /// Processes that keep a GPU from a reset or a change of its mode: those that the driver lists, and those that have its
     /// node open (agents are not listed).
     pub fn clients(&self, device: &Device) -> Result<Vec<Client>, Failure> {
-        let mut pids: BTreeSet<u32> = self.gpu.processes(&device.uuid)?.into_iter().map(|process| process.pid).collect();
+        let mut pids: BTreeSet<u32> =
+            self.gpu.processes(&device.uuid)?.into_iter().map(|process| process.pid).collect();
         pids.extend(host::holders_of(self.host.majors()?.nvidia, &BTreeSet::from([device.minor])));
         pids.remove(&std::process::id());
         Ok(pids.into_iter().map(|pid| Client { pid, name: host::process_name(pid) }).collect())

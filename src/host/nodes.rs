@@ -46,7 +46,11 @@ impl Host {
         place(&path, (major, of.minor), mode, (Some(uid), None)).map_err(|source| HostError::Node {
             path: path.display().to_string(),
             source,
-            remedy: format!("mknod -m {mode:o} {path} c {major} {}; chown {uid} {path}", of.minor, path = path.display()),
+            remedy: format!(
+                "mknod -m {mode:o} {path} c {major} {}; chown {uid} {path}",
+                of.minor,
+                path = path.display()
+            ),
         })
     }
 
@@ -204,8 +208,10 @@ mod tests {
     #[test]
     fn a_reserved_node_is_one_users_alone_until_it_is_given_back() {
         let Some((dir, host)) = host(ACCESS) else { return };
-        let (path, access) =
-            (dir.path().join("dev/nvidia-caps/nvidia-cap13"), "proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access");
+        let (path, access) = (
+            dir.path().join("dev/nvidia-caps/nvidia-cap13"),
+            "proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access",
+        );
         let of = Capability { minor: 13, gpu: 0, gi: 1, ci: Some(0) };
         let seen = || path.symlink_metadata().map(|meta| (meta.uid(), meta.mode() & 0o777));
         host.own_capability(240, of, None).unwrap();

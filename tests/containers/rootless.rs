@@ -277,6 +277,27 @@ fn without_root_a_slice_that_exists_runc() {
 }
 
 #[test]
+fn without_root_a_slice_that_is_reserved() {
+    let Some(site) = Site::new(&["podman", "crun"]) else { return };
+    let Some(house) = House::new(&site) else { return };
+    let Some(podman) = house.user("crun") else { return };
+    let migctl = |args: &[&str]| {
+        let mut command = Command::new(binaries().join("migctl"));
+        must(command.arg("--config").arg(site.config()).args(args));
+    };
+    migctl(&["reserve", "1g.10gb", "--uid", "1"]);
+    let uuid = site.instances()[0]["compute_instances"][0]["uuid"].as_str().unwrap().to_owned();
+    let ask = format!("mig.uuid={uuid}");
+    podman.assert_refused(&[&ask], &["--rm"], &["uid 4242 may not open"]);
+    migctl(&["reserve", &uuid, "--end"]);
+    migctl(&["reserve", &uuid, "--uid", &UID.to_string()]);
+    assert_opens(&must(&mut podman.request(&[&ask], &["--rm"], &["mig-probe"])));
+    migctl(&["reserve", &uuid, "--end"]);
+    migctl(&["destroy", &uuid]);
+    site.clean("after destroy");
+}
+
+#[test]
 fn without_root_but_with_the_capability_for_configuring_slices_are_cut() {
     let Some(site) = Site::new(&["podman", "crun"]) else { return };
     let Some(house) = House::new(&site) else { return };

@@ -136,6 +136,27 @@ fn what_may_not_be_given_is_not_offered() {
 }
 
 #[test]
+fn what_is_kept_is_offered_whatever_foreign_ones_may_be() {
+    let world = machine();
+    let foreign = uuids(&world);
+    world.settings("");
+    let made = world.document(&["create", "1g.10gb"])["created"][0]["devices"][0]["uuid"].clone();
+    assert_eq!(names(&world.document(&["cdi"])), [made.as_str().unwrap()]);
+    let adopted = world.migctl(&["adopt", "--all"]);
+    assert!(adopted.status.success(), "{}", text(&adopted));
+    let offered = names(&world.document(&["cdi"]));
+    assert!(foreign.iter().all(|uuid| offered.contains(uuid)) && offered.len() == foreign.len() + 1, "{offered:?}");
+    // Taken by its hooks, it is kept as before.
+    let one = Created::new(&world, "one");
+    let output = one.hook(&world, "createRuntime", made.as_str().unwrap());
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(world.leases().len(), foreign.len() + 2);
+    let output = one.hook(&world, "poststop", made.as_str().unwrap());
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!((world.leases().len(), uuids(&world).len()), (foreign.len() + 1, foreign.len() + 1));
+}
+
+#[test]
 fn a_spec_is_taken_once_and_stays_offered() {
     let world = machine();
     let slices = uuids(&world);
