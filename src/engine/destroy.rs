@@ -12,6 +12,9 @@ use crate::store::Lock;
 use super::keep::{find, is_of, name_of, slices_of};
 use super::{Engine, Failure, Obstacle, RELEASE_PAUSES, audit, audited, new_holder, obstacle};
 
+/// Why a record of what is destroyed on purpose is Releasing.
+const WHY: &str = "destroyed by migctl";
+
 /// A GPU instance by GPU UUID and id.
 pub type Place = (String, u32);
 
@@ -131,12 +134,12 @@ impl Engine<'_> {
         }
         let mut pauses = RELEASE_PAUSES.iter();
         let failed = loop {
-            let done = self.free(lock, record.clone(), "destroyed by migctl");
+            let done = self.free(lock, record.clone(), WHY);
             match (done.result, pauses.next()) {
                 ("freed", _) => break None,
                 // Nobody else can go on meanwhile: less than a second, as a destroy itself may take.
                 (_, Some(pause)) => std::thread::sleep(*pause),
-                (_, None) => break Some(done.reason),
+                (_, None) => break Some(done.reason.trim_start_matches(WHY).trim_start_matches("; ").to_owned()),
             }
         };
         if let Some(why) = failed {

@@ -16,7 +16,8 @@ fn machine() -> World {
 fn an_adopted_slice_is_given_and_outlives_whoever_gets_it() {
     let world = machine();
     let foreign = world.instances();
-    let uuid = foreign[0]["compute_instances"][0]["uuid"].as_str().unwrap();
+    let uuid = foreign[0]["compute_instances"][0]["uuid"].as_str().unwrap().to_owned();
+    let uuid = uuid.as_str();
     let (_bundle, other) = world.living("before", &asked("1g.10gb"));
     assert_eq!(world.instances().len(), 2, "a foreign one is not taken");
     drop(other);
