@@ -202,21 +202,6 @@ impl Holder {
     }
 }
 
-impl Holder {
-    /// What stops its container, as far as its engine can be told: docker and the CRI give each runtime a root of their own,
-    /// and precreate hooks are podman's.
-    pub fn stop_command(&self) -> Option<String> {
-        let id = self.container.as_deref().map(short)?;
-        let root = self.runtime_root.as_deref().map(|root| root.to_string_lossy()).unwrap_or_default();
-        match self.way {
-            Way::Precreate => Some(format!("podman stop {id}")),
-            _ if root.ends_with("/moby") => Some(format!("docker stop {id}")),
-            _ if root.ends_with("/k8s.io") => Some(format!("crictl stop {id}")),
-            _ => None,
-        }
-    }
-}
-
 impl Slice {
     /// Its capabilities, as far as they are known.
     pub fn capabilities(&self) -> Vec<Capability> {

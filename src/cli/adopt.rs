@@ -23,7 +23,7 @@ pub(super) struct Args {
     #[arg(long, conflicts_with = "slices")]
     all: bool,
     /// The GPU: index, UUID or PCI address
-    #[arg(long, value_name = "GPU", value_parser = target::gpu)]
+    #[arg(long, value_name = "GPU", value_parser = super::gpu_selector)]
     gpu: Option<GpuSelector>,
     /// The other way: adopted ones are nobody's again
     #[arg(long)]

@@ -20,7 +20,7 @@ pub(super) struct Args {
     #[arg(value_name = "REQUEST")]
     request: String,
     /// On this GPU: index, UUID or PCI address; a cordoned one, too
-    #[arg(long, value_name = "GPU", value_parser = target::gpu)]
+    #[arg(long, value_name = "GPU", value_parser = super::gpu_selector)]
     gpu: Option<GpuSelector>,
     /// From this memory slice on; for one GPU instance only
     #[arg(long, value_name = "N")]

@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[arg(long, conflicts_with = "slices")]
     all: bool,
     /// The GPU: index, UUID or PCI address
-    #[arg(long, value_name = "GPU", value_parser = target::gpu)]
+    #[arg(long, value_name = "GPU", value_parser = super::gpu_selector)]
     gpu: Option<GpuSelector>,
     /// Also what somebody holds or uses, as far as the driver lets it go. The container stays and finds its GPU gone
     #[arg(long)]

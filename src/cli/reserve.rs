@@ -1,13 +1,14 @@
 //! `migctl reserve`: slices for the containers of one user, who alone may open their nodes.
 
 use anyhow::{Result, bail};
-use nix::unistd::{Uid, User};
+use nix::unistd::User;
 use serde::Serialize;
 
 use crate::config::Settings;
 use crate::cut;
 use crate::engine::Engine;
 use crate::gpu::nvml::Nvml;
+use crate::host;
 use crate::lease::Lease;
 use crate::report::{Exit, Misused};
 use crate::request::GpuSelector;
@@ -25,7 +26,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "USER|UID", value_parser = user, required_unless_present = "end")]
     uid: Option<u32>,
     /// On this GPU: index, UUID or PCI address
-    #[arg(long, value_name = "GPU", value_parser = target::gpu)]
+    #[arg(long, value_name = "GPU", value_parser = super::gpu_selector)]
     gpu: Option<GpuSelector>,
     /// The slice that is named is for everybody again
     #[arg(long, conflicts_with = "uid")]
@@ -84,19 +85,12 @@ fn user(text: &str) -> Result<u32, String> {
     }
 }
 
-fn name(uid: u32) -> String {
-    match User::from_uid(Uid::from_raw(uid)) {
-        Ok(Some(user)) => format!("{} (uid {uid})", user.name),
-        _ => format!("uid {uid}"),
-    }
-}
-
 fn text(answer: &Answer) -> String {
     let rows: Vec<Vec<String>> = answer.slices.iter().flat_map(Shown::rows).collect();
     let rows = super::table(&rows);
     let Some(uid) = answer.uid else { return format!("for everybody again:\n{rows}") };
     let uuid = answer.slices.iter().find_map(Shown::whole).unwrap_or("MIG-…");
-    let name = name(uid);
+    let name = host::user_name(uid).map_or_else(|| format!("uid {uid}"), |name| format!("{name} (uid {uid})"));
     format!(
         "reserved for {name}, who alone may open the nodes:\n{rows}that user's podman gets it by\n  podman run \
          --annotation mig.uuid={uuid} IMAGE\n"

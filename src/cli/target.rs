@@ -10,12 +10,6 @@ use crate::profile;
 use crate::report::Misused;
 use crate::request::GpuSelector;
 
-/// For clap: a GPU by index, UUID or PCI address.
-pub(super) fn gpu(text: &str) -> Result<GpuSelector, String> {
-    GpuSelector::parse(text)
-        .ok_or_else(|| "a GPU is named by its index (0), its UUID (GPU-…) or its PCI address (0000:07:00.0)".into())
-}
-
 /// The GPU of that name.
 pub(super) fn find_gpu<'a>(devices: &'a [Device], wanted: &GpuSelector) -> Result<&'a Device> {
     let Some(device) = devices.iter().find(|device| wanted.matches(device)) else {
@@ -31,7 +25,9 @@ pub(super) fn find_gpus<'a>(devices: &'a [Device], names: &[String]) -> Result<V
     for name in names {
         let named = match name.as_str() {
             "all" => devices.iter().collect(),
-            name => vec![find_gpu(devices, &gpu(name).map_err(|why| Misused(format!("{name}: {why}")))?)?],
+            name => {
+                vec![find_gpu(devices, &super::gpu_selector(name).map_err(|why| Misused(format!("{name}: {why}")))?)?]
+            }
         };
         found.extend(named);
     }
@@ -77,7 +73,7 @@ pub(super) fn find_slice<'a>(devices: &'a [Device], name: &str, on: Option<&GpuS
             )))
         }
         ([at, gi, rest @ ..], _) if rest.len() < 2 => {
-            let device = find_gpu(devices, &gpu(at).map_err(|_| wrong())?)?;
+            let device = find_gpu(devices, &super::gpu_selector(at).map_err(|_| wrong())?)?;
             if on.is_some_and(|on| on.uuid != device.uuid) {
                 bail!(Misused(format!("{name} is on {}, not on the GPU of --gpu", device.label())));
             }
@@ -242,7 +238,7 @@ mod tests {
 
     fn found(name: &str, on: Option<&str>) -> Result<(u32, u32, Option<u32>), String> {
         let devices = devices();
-        let on = on.map(|on| gpu(on).unwrap());
+        let on = on.map(|on| crate::cli::gpu_selector(on).unwrap());
         find_slice(&devices, name, on.as_ref())
             .map(|f| (f.device.index, f.instance.id, f.compute))
             .map_err(|error| error.to_string())
@@ -284,6 +280,6 @@ mod tests {
             find_gpus(&devices, &names).map(|found| found.iter().map(|d| d.index).collect::<Vec<_>>())
         };
         assert_eq!(indices(&["1", "all", "0"]).unwrap(), [0, 1]);
-        assert!(indices(&["x"]).unwrap_err().to_string().contains("named by its index"));
+        assert!(indices(&["x"]).unwrap_err().to_string().contains("by its index"));
     }
 }

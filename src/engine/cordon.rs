@@ -7,9 +7,10 @@ use serde_json::json;
 
 use crate::gpu::Device;
 use crate::host;
-use crate::lease::{Lease, State, Way};
+use crate::lease::{Holder, Lease, State, Way, short};
+use crate::names;
 
-use super::{Engine, Failure, audit, new_holder};
+use super::{Engine, Failure, audit, init_of, new_holder};
 
 /// A GPU that is closed to new holders.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,16 +116,28 @@ impl Engine<'_> {
     }
 }
 
+/// What stops a container, where its engine is known.
+pub(super) fn stop_command(holder: &Holder) -> Option<String> {
+    let (bundle, id) = (holder.bundle.as_deref()?, holder.container.as_deref()?);
+    let named = names::look_up(bundle, id);
+    let who = named.name.as_deref().unwrap_or(short(id));
+    match (named.engine.as_deref()?, named.pod.as_deref().and_then(|pod| pod.split_once('/'))) {
+        (_, Some((namespace, pod))) => Some(format!("kubectl delete pod -n {namespace} {pod}")),
+        (engine @ ("docker" | "podman"), None) => Some(format!("{engine} stop {who}")),
+        _ => None,
+    }
+}
+
 fn holder(lease: &Lease, gpu: &str) -> Occupant {
     let mut gis: Vec<u32> = lease.slices.iter().filter(|slice| slice.gpu == gpu).filter_map(|slice| slice.gi).collect();
     gis.dedup();
-    let init = lease.holder.init.filter(|init| host::alive(*init));
+    let init = init_of(&lease.holder).filter(|init| host::alive(*init));
     Occupant {
         gis,
         container: lease.holder.container.clone(),
         pid: init.map(|init| init.pid),
         process: init.map(|init| host::process_name(init.pid)).filter(|name| !name.is_empty()),
         releasing: lease.state == State::Releasing,
-        end_with: lease.holder.stop_command(),
+        end_with: stop_command(&lease.holder),
     }
 }

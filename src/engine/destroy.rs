@@ -9,8 +9,9 @@ use crate::host;
 use crate::lease::{Lease, State, Step, Way};
 use crate::store::Lock;
 
+use super::cordon::stop_command;
 use super::keep::{find, is_of, name_of, slices_of};
-use super::{Engine, Failure, Obstacle, RELEASE_PAUSES, audit, audited, new_holder, obstacle};
+use super::{Engine, Failure, Obstacle, RELEASE_PAUSES, audit, audited, init_of, new_holder, obstacle};
 
 /// Why a record of what is destroyed on purpose is Releasing.
 const WHY: &str = "destroyed by migctl";
@@ -104,9 +105,9 @@ impl Engine<'_> {
         let holder =
             leases.iter().filter(|lease| lease.state != State::Static).find(|lease| is_of(lease, device, instance));
         if let Some(lease) = holder {
-            let init = lease.holder.init.filter(|init| host::alive(*init));
+            let init = init_of(&lease.holder).filter(|init| host::alive(*init));
             let process = init.map(|i| format!("process {} ({})", i.pid, host::process_name(i.pid)));
-            let remedy = lease.holder.stop_command().map(|command| format!("end it with: {command}"));
+            let remedy = stop_command(&lease.holder).map(|command| format!("end it with: {command}"));
             let known: Vec<String> = process.into_iter().chain(remedy).collect();
             let known = if known.is_empty() { String::new() } else { format!(", {}", known.join("; ")) };
             return Ok(Some(format!("{name} is held by {}{known}", lease.held_by())));
