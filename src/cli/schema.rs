@@ -8,10 +8,7 @@ use schemars::generate::SchemaSettings;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Document, configure, doctor, gc, leases, list, profiles, release};
-use super::{
-    Document, adopt, configure, cordon, create, destroy, drain, gc, leases, list, mode, profiles, release, reserve,
-};
+use super::*;
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
