@@ -731,7 +731,8 @@ fn obstacle(result: Result<(), GpuError>) -> Result<Option<Obstacle>, Failure> {
     }
 }
 
-/// Grants, refusals and releases are one line each with target `audit`; where it goes is the way in's business.
+/// Grants, refusals and releases are one line each with target `audit`; where it goes is the way in's business. What a
+/// line says is read again by `history`.
 fn audit_grant(request: &Request, lease: &Lease) {
     let more = json!({"request": request.to_string(), "token": lease.token, "slices": audited(lease)});
     audit("grant", &lease.holder, more);
@@ -755,14 +756,19 @@ fn audit_release(lease: &Lease) {
 }
 
 fn audited(lease: &Lease) -> Value {
-    let slice = |s: &Slice| json!({"gpu": s.gpu, "profile": s.profile_name, "placement": s.placement, "uuid": s.uuid});
+    let slice = |s: &Slice| {
+        json!({
+            "gpu": s.gpu, "gpu_index": s.gpu_index, "profile": s.profile_name, "memory_mib": s.memory_mib,
+            "placement": s.placement, "uuid": s.uuid,
+        })
+    };
     lease.slices.iter().map(slice).collect()
 }
 
 fn audit(event: &str, holder: &Holder, mut more: Value) {
     let who = json!({
         "event": event, "time_ms": host::wall_ms(), "container": holder.container, "image": holder.image,
-        "uid": holder.uid, "way": holder.way,
+        "uid": holder.uid, "way": holder.way, "boot": host::boot_id().ok(),
     });
     if let (Some(line), Value::Object(who)) = (more.as_object_mut(), who) {
         let rest = std::mem::replace(line, who);

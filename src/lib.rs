@@ -9,6 +9,7 @@
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
 //! pure       request  cut  profile  placement  lease  inventory  edits  cdi no file, no process, no clock
+//!            history
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
 //!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
@@ -45,6 +46,8 @@ pub mod edits;
 pub mod engine;
 #[cfg(feature = "engine")]
 pub mod gpu;
+#[cfg(feature = "engine")]
+pub mod history;
 #[cfg(feature = "engine")]
 pub mod hook;
 #[cfg(feature = "engine")]

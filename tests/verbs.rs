@@ -21,6 +21,8 @@ mod doctor;
 mod documented;
 #[path = "verbs/gc.rs"]
 mod gc;
+#[path = "verbs/history.rs"]
+mod history;
 #[path = "verbs/leases.rs"]
 mod leases;
 #[path = "verbs/list.rs"]

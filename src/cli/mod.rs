@@ -32,6 +32,7 @@ mod doctor;
 mod drain;
 mod gc;
 mod habits;
+mod history;
 mod holder;
 mod leases;
 mod list;
@@ -86,6 +87,8 @@ enum Verb {
     Drain(drain::Args),
     /// Turn MIG mode on or off, or show it
     Mode(mode::Args),
+    /// Show who held which slices, and how long
+    History(history::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -158,6 +161,7 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Uncordon(verb) => cordon::open(&settings()?, verb, args.json),
         Verb::Drain(verb) => drain::run(&settings()?, verb, args.json),
         Verb::Mode(verb) => mode::run(&settings()?, verb, args.json),
+        Verb::History(verb) => history::run(&settings()?, verb, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),

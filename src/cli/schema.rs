@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::*;
+use super::{Document, configure, gc, history, leases, list, profiles, release};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
@@ -24,6 +25,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("configure", schema::<configure::Report>("configure")),
         ("doctor", schema::<doctor::Report>("doctor")),
         ("gc", schema::<gc::Report>("gc")),
+        ("history", schema::<history::History>("history")),
         ("leases", schema::<leases::Leases>("leases")),
         ("list", schema::<list::Listing>("list")),
         ("profiles", schema::<profiles::Profiles>("profiles")),
