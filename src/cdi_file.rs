@@ -26,10 +26,11 @@ pub fn publish(path: &Path, text: Option<&str>, is_ours: fn(&str) -> bool) -> io
     Ok(true)
 }
 
-fn replace(path: &Path, text: &str) -> io::Result<()> {
+/// Makes `text` the content of a file that others read (0644), in one step; makes its directory, too.
+pub fn replace(path: &Path, text: &str) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
-    // No .json at the end: engines would read it.
+    // No .json or .prom at the end: engines and node_exporter would read it.
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let _ = fs::remove_file(&temporary); // of an earlier process with our pid
     let mut options = OpenOptions::new();

@@ -293,6 +293,7 @@ impl<'a> Engine<'a> {
             created_boot_ms: host::boot_ms(),
             created_ms: host::wall_ms(),
             granted_boot_ms: None,
+            ended_ms: None,
             holder: holder.clone(),
             reserved_for: None,
             slices,
@@ -504,6 +505,7 @@ impl<'a> Engine<'a> {
         let recovering = matches!(before, State::Pending | State::Quarantined);
         lease.state = State::Releasing;
         lease.reason = Some(why.to_owned());
+        lease.ended_ms.get_or_insert_with(host::wall_ms);
         // Whatever became of its slices, nobody else gets their minors while a process has them.
         let quarantined = before == State::Quarantined && self.held(&lease);
         let held = || Obstacle::Held(format!("a process of {} still lives or has it open", lease.held_by()));

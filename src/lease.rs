@@ -38,6 +38,9 @@ pub struct Lease {
     /// Milliseconds since boot when it became Active: only what was granted is released in the audit's sense.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub granted_boot_ms: Option<u64>,
+    /// Milliseconds since 1970 when its end was noticed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_ms: Option<u64>,
     /// Who has it.
     pub holder: Holder,
     /// Of a Static one: the only user whose containers get it.
@@ -385,6 +388,7 @@ pub(crate) mod tests {
             created_boot_ms,
             created_ms,
             granted_boot_ms: None,
+            ended_ms: None,
             holder,
             reserved_for: None,
             slices: vec![],

@@ -9,7 +9,7 @@
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
 //! pure       request  cut  profile  placement  lease  inventory  edits  cdi no file, no process, no clock
-//!            history
+//!            history  metrics
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
 //!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
@@ -56,6 +56,8 @@ pub mod host;
 pub mod inventory;
 #[cfg(feature = "engine")]
 pub mod lease;
+#[cfg(feature = "engine")]
+pub mod metrics;
 #[cfg(feature = "engine")]
 pub mod names;
 #[cfg(feature = "engine")]

@@ -9,7 +9,11 @@ use std::path::{Path, PathBuf};
 const ROWS: [(&str, &[&str], bool); 5] = [
     ("ways in", &["cli", "hook", "classic", "shim", "report"], true),
     ("engine", &["engine"], false),
-    ("pure", &["request", "cut", "profile", "placement", "lease", "inventory", "edits", "cdi", "history"], true),
+    (
+        "pure",
+        &["request", "cut", "profile", "placement", "lease", "inventory", "edits", "cdi", "history", "metrics"],
+        true,
+    ),
     ("edges", &["gpu", "store", "host", "names", "bundle", "runtime", "config", "container", "cdi_file"], false),
     ("start", &["first", "handover"], true),
 ];

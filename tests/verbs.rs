@@ -27,6 +27,8 @@ mod history;
 mod leases;
 #[path = "verbs/list.rs"]
 mod list;
+#[path = "verbs/metrics.rs"]
+mod metrics;
 #[path = "verbs/profiles.rs"]
 mod profiles;
 #[path = "verbs/release.rs"]

@@ -413,8 +413,7 @@ struct Users(BTreeMap<u32, Option<String>>);
 
 impl Users {
     fn name(&mut self, uid: u32) -> Option<String> {
-        let look_up = || Some(nix::unistd::User::from_uid(uid.into()).ok()??.name);
-        self.0.entry(uid).or_insert_with(look_up).clone()
+        self.0.entry(uid).or_insert_with(|| host::user_name(uid)).clone()
     }
 }
 
@@ -474,7 +473,7 @@ fn holds_table(history: &History) -> String {
     let titles = ["START", "HELD FOR", "USER", "CONTAINER", "IMAGE", "SLICES", "GPU", "END"];
     let mut rows = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(history.holds.iter().map(|hold| {
-        let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
+        let or_dash = |text: Option<&str>| printable(text.unwrap_or("-"));
         let mut gpus: Vec<String> =
             hold.slices.iter().map(|s| s.gpu_index.map_or_else(|| s.gpu.clone(), |index| index.to_string())).collect();
         gpus.dedup();
@@ -506,7 +505,7 @@ fn sums_table(history: &History, by: By) -> String {
         let sums = &group.sums;
         let name = group.name.as_deref().unwrap_or("-");
         vec![
-            if by == By::Container { short(name) } else { name }.to_owned(),
+            printable(if by == By::Container { short(name) } else { name }),
             sums.holds.to_string(),
             sums.holding.to_string(),
             format!("{:.2}", sums.slice_hours),
@@ -516,6 +515,11 @@ fn sums_table(history: &History, by: By) -> String {
         ]
     }));
     if history.groups.is_empty() { String::new() } else { super::table(&rows) }
+}
+
+/// Whoever starts a container chooses its names: they must not steer the terminal of who reads them.
+fn printable(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 fn total(history: &History) -> String {

@@ -172,7 +172,7 @@ fn told_of<'a>(gpu: &'a dyn Gpu, device: &Device, privileged: bool) -> Told<'a> 
     }
 }
 
-fn reading(gpu: &dyn Gpu, uuid: &str) -> Reading {
+pub(super) fn reading(gpu: &dyn Gpu, uuid: &str) -> Reading {
     gpu.reading(uuid).unwrap_or_else(|error| {
         tracing::debug!("{uuid} tells nothing: {error}");
         Reading::default()

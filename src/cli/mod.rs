@@ -37,6 +37,7 @@ mod holder;
 mod leases;
 mod list;
 mod mode;
+mod metrics;
 mod profiles;
 mod release;
 mod reserve;
@@ -89,6 +90,8 @@ enum Verb {
     Mode(mode::Args),
     /// Show who held which slices, and how long
     History(history::Args),
+    /// Print or write what monitoring wants to know, as OpenMetrics text
+    Metrics(metrics::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -162,6 +165,7 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Drain(verb) => drain::run(&settings()?, verb, args.json),
         Verb::Mode(verb) => mode::run(&settings()?, verb, args.json),
         Verb::History(verb) => history::run(&settings()?, verb, args.json),
+        Verb::Metrics(verb) => metrics::run(&settings()?, verb, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),

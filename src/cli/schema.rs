@@ -9,7 +9,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::*;
-use super::{Document, configure, gc, history, leases, list, profiles, release};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
