@@ -11,6 +11,7 @@ MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
 CRIODIR := $(DATADIR)/mig-hook/hooks.d/crio
 SCHEMADIR := $(DATADIR)/mig-hook/schema
+GRAFANADIR := $(DATADIR)/mig-hook/grafana
 BASHDIR := $(DATADIR)/bash-completion/completions
 ZSHDIR := $(DATADIR)/zsh/site-functions
 FISHDIR := $(DATADIR)/fish/vendor_completions.d
@@ -71,6 +72,7 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	    sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' "$$hook" >"$$target" && chmod 644 "$$target" || exit 1; \
 	done
 	install -D -m 644 -t $(DESTDIR)$(SCHEMADIR) docs/schema/*
+	install -D -m 644 -t $(DESTDIR)$(GRAFANADIR) packaging/grafana/mig-hook.json
 	install -d -m 755 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
 	$(DIST)/migctl completions bash >$(DESTDIR)$(BASHDIR)/migctl && chmod 644 $(DESTDIR)$(BASHDIR)/migctl
 	$(DIST)/migctl completions zsh >$(DESTDIR)$(ZSHDIR)/_migctl && chmod 644 $(DESTDIR)$(ZSHDIR)/_migctl
@@ -84,9 +86,10 @@ uninstall: ## take that away again; settings and state stay
 	rm -f $(addprefix $(DESTDIR)$(HOOKSDIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/*.json.in))))
 	rm -f $(addprefix $(DESTDIR)$(CRIODIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/crio/*.json.in))))
 	rm -f $(addprefix $(DESTDIR)$(SCHEMADIR)/,$(notdir $(wildcard docs/schema/*)))
+	rm -f $(DESTDIR)$(GRAFANADIR)/mig-hook.json
 	rm -f $(DESTDIR)$(BASHDIR)/migctl $(DESTDIR)$(ZSHDIR)/_migctl $(DESTDIR)$(FISHDIR)/migctl.fish
 	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
-	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(DATADIR)/mig-hook
+	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(GRAFANADIR) $(DESTDIR)$(DATADIR)/mig-hook
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -191,7 +191,7 @@ fn sources(settings: &Settings, from: Option<&Path>) -> Result<Vec<Source>> {
     }
     let Some(audit) = &settings.audit_file else {
         bail!(Misused(
-            "there is no audit file: the setting log.audit_file = \"/var/log/mig-hook/audit.jsonl\" makes one; what the \
+            "there is no audit file: the setting log.audit_file = \"/var/log/mig-hook-audit.jsonl\" makes one; what the \
              journal has of it shows: journalctl -t mig-hook -o cat | migctl history --from -"
                 .into()
         ));

@@ -9,8 +9,11 @@ use crate::common::{binaries, installed, run, skip, text};
 use crate::{faults, repository, stdout};
 
 /// Verbs without a document of ours.
-const NO_SCHEMA: [(&str, &str); 2] =
-    [("cdi", "prints a CDI spec, whose form is CDI's"), ("completions", "prints a shell's script")];
+const NO_SCHEMA: [(&str, &str); 3] = [
+    ("cdi", "prints a CDI spec, whose form is CDI's"),
+    ("completions", "prints a shell's script"),
+    ("metrics", "prints OpenMetrics text"),
+];
 
 /// A command as the shipped binary lists it.
 pub struct Listed {
