@@ -1,5 +1,5 @@
-//! Who held which slices, and how long: audit lines in, holds out. A grant and the release of the same token make a hold.
-//! Pure.
+//! Who held which slices, and how long: audit lines in, holds out. A grant and the release of the same token make a
+//! hold. Pure.
 
 use std::collections::HashMap;
 
@@ -106,8 +106,8 @@ pub struct Unreadable;
 /// What the leases of this machine say of grants without a release.
 #[derive(Debug)]
 pub enum Standing<'a> {
-    /// These stand, on this boot. `own_log`: the lines are this machine's, so that a lease without a grant is only one that
-    /// was given before they begin.
+    /// These stand, on this boot. `own_log`: the lines are this machine's, so that a lease without a grant is only one
+    /// that was given before they begin.
     Known {
         /// All of them.
         leases: &'a [Lease],
@@ -237,8 +237,8 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Milliseconds of a hold that count: those in the period. `None` for a hold that is not meant. Of one whose end is not
-    /// known nothing counts, and it belongs to when it began.
+    /// Milliseconds of a hold that count: those in the period. `None` for a hold that is not meant. Of one whose end is
+    /// not known nothing counts, and it belongs to when it began.
     pub fn counted(&self, hold: &Hold) -> Option<u64> {
         if !self.is_of(&hold.who) {
             return None;

@@ -1,11 +1,12 @@
 //! What monitoring wants to know, as text that both OpenMetrics 1.0 and Prometheus' text format 0.0.4 (node_exporter's
 //! textfile collector) read. Pure.
 //!
-//! So there are gauges and counters only (0.0.4 has no info and no stateset), no timestamps (node_exporter drops a file that
-//! has them), and in help texts neither quotes nor backslashes, which the two escape differently. `# UNIT` and `# EOF` are comments
-//! in 0.0.4. What is left: OpenMetrics declares a counter without the `_total` of its samples, so that node_exporter passes it on as
-//! untyped, which changes no query. Sources: the OpenMetrics 1.0 specification; `expfmt/text_parse.go` of prometheus/common and
-//! `collector/textfile.go` of prometheus/node_exporter; tried with node_exporter 1.5, promtool 2.42 and prometheus_client 0.26.
+//! So there are gauges and counters only (0.0.4 has no info and no stateset), no timestamps (node_exporter drops a file
+//! that has them), and in help texts neither quotes nor backslashes, which the two escape differently. `# UNIT` and `#
+//! EOF` are comments in 0.0.4. What is left: OpenMetrics declares a counter without the `_total` of its samples, so
+//! that node_exporter passes it on as untyped, which changes no query. Sources: the OpenMetrics 1.0 specification;
+//! `expfmt/text_parse.go` of prometheus/common and `collector/textfile.go` of prometheus/node_exporter; tried with
+//! node_exporter 1.5, promtool 2.42 and prometheus_client 0.26.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;

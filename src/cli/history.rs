@@ -228,6 +228,8 @@ fn rotated(file: &Path) -> Result<Vec<PathBuf>> {
         found.extend(rest.and_then(age).map(|age| (age, path)));
     }
     found.sort();
+    // While gzip is at work there are both: FILE.1 is whole, FILE.1.gz is not yet.
+    found.dedup_by(|packed, plain| packed.0 == plain.0);
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
@@ -579,6 +581,7 @@ mod tests {
         let names = [
             "a.jsonl",
             "a.jsonl.1",
+            "a.jsonl.1.gz",
             "a.jsonl.10.gz",
             "a.jsonl.2.gz",
             "a.jsonl-20260102",

@@ -38,7 +38,8 @@ struct Recorded {
     cordons: Cordons,
 }
 
-/// Where driver or leases can't be read, `mig_up` is 0, and the exit code says why. What has been read is told all the same.
+/// Where driver or leases can't be read, `mig_up` is 0, and the exit code says why. What has been read is told all the
+/// same.
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
     if json {
         bail!(Misused("metrics prints OpenMetrics text and has no JSON document; leave --json out".into()));

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::{Init, World, config, document, text};
+use crate::common::{Init, World, binaries, config, document, run, text};
 use crate::{asked, code, repository, shown, snapshot, stdout};
 
 /// A metric family as a strict reader of both formats takes it.
@@ -20,7 +22,8 @@ struct Family {
 /// By the name of their samples: with `_total` for counters.
 type Families = BTreeMap<String, Family>;
 
-/// Reads what both OpenMetrics 1.0 (its ABNF, and the rules in words beside it) and Prometheus' text format 0.0.4 allow.
+/// Reads what both OpenMetrics 1.0 (its ABNF, and the rules in words beside it) and Prometheus' text format 0.0.4
+/// allow.
 fn parse(text: &str) -> Result<Families, String> {
     let mut families = Families::new();
     let mut current: Option<(String, Family, usize)> = None; // name, family, metadata lines so far
@@ -183,10 +186,6 @@ fn eventful() -> (World, Vec<Init>) {
     world.sim("hold", &["--gpu", "1", "--gi", &gi("waiting")]);
     drop(waiting);
     drop(live("stale", &on("1", "1g.10gb")));
-    world.edit_lease(&token("waiting"), |lease| {
-        lease["state"] = json!("releasing");
-        lease["ended_ms"] = lease["created_ms"].clone();
-    });
     (world, alive)
 }
 
@@ -427,6 +426,17 @@ fn an_empty_machine() {
     let world = World::with(&["a30-24gb"], &["--seed", "metrics"]);
     snapshot(&world, "metrics", &shown(&world, &["metrics"]));
     assert!(!world.path("state").exists(), "looking makes nothing");
+}
+
+#[test]
+fn a_user_is_told_nothing_rather_than_half_of_it() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let open = run(Command::new("chmod").args(["-R", "a+rX"]).arg(world.path("m").parent().unwrap()));
+    assert!(open.status.success(), "{}", text(&open));
+    let program = world.path("migctl");
+    std::fs::copy(binaries().join("migctl"), &program).unwrap();
+    let output = run(Command::new(&program).arg("--config").arg(world.config()).arg("metrics").uid(65534).gid(65534));
+    assert!(code(&output) == 77 && output.stdout.is_empty() && text(&output).contains("as root"), "{}", text(&output));
 }
 
 #[test]
