@@ -278,6 +278,70 @@ pub fn place(rooms: &[Room<'_>], wants: &[Candidates<'_>], policy: Policy) -> Re
     Ok(choices.into_iter().map(|(_, choice)| choice).collect())
 }
 
+/// Whether all wanted slices fit, with at most `trials` placements tried: one is enough for one slice, and for several
+/// greedy needs one each.
+pub fn fits(rooms: &[Room<'_>], wants: &[Candidates<'_>], policy: Policy, trials: u32) -> bool {
+    let boards = boards(rooms);
+    let live = boards.iter().zip(rooms).map(|(board, room)| board.state(&taken(room))).collect();
+    let order: Vec<&Candidates<'_>> = hardest_first(wants).into_iter().map(|n| &wants[n]).collect();
+    Search { boards: &boards, policy: Some(policy), trials }.run(live, &order).is_some()
+}
+
+/// How many more slices of a profile could be cut on a GPU, when nothing else is.
+pub fn remaining(room: &Room<'_>, profile: &Profile) -> u32 {
+    let boards = boards(std::slice::from_ref(room));
+    let mut state = boards.first().map(|board| board.state(&taken(room))).unwrap_or_default();
+    let mut count = 0;
+    // All are of one size: the lowest free start never costs another.
+    for mask in profile.placements.iter().filter_map(|at| window_mask(*at)) {
+        if mask & state.mask == 0 && state.allowance(profile) > 0 {
+            state.occupy(mask, Some(profile));
+            count += 1;
+        }
+    }
+    count
+}
+
+/// The memory slices of a GPU, and how many of them are free.
+pub fn memory_slices(room: &Room<'_>) -> (u32, u32) {
+    let boards = boards(std::slice::from_ref(room));
+    boards.first().map_or((0, 0), |board| (board.slices, board.free(board.state(&taken(room)).mask)))
+}
+
+/// Why each choice of [`place`] was made, in a line, by what the policy weighs.
+pub fn reasons(rooms: &[Room<'_>], wants: &[Candidates<'_>], choices: &[Choice], policy: Policy) -> Vec<String> {
+    let boards = boards(rooms);
+    let mut states: Vec<State> = boards.iter().zip(rooms).map(|(board, room)| board.state(&taken(room))).collect();
+    let search = Search { boards: &boards, policy: Some(policy), trials: 0 };
+    let mut reasons = vec![String::new(); choices.len()];
+    for n in hardest_first(wants) {
+        let spots = search.spots(&states, &wants[n]);
+        let is_chosen = |spot: &Spot<'_>| {
+            choices.get(n).is_some_and(|c| c.gpu == boards[spot.room].device.uuid && c.placement == spot.placement)
+        };
+        let Some(rank) = spots.iter().position(is_chosen) else { continue };
+        let spot = spots[rank];
+        reasons[n] = match (free_placements(&states, &wants[n]), rank) {
+            (1, _) => "the only free place for it".into(),
+            (_, 0) => boards[spot.room].reason(policy, states[spot.room].mask, spot.mask),
+            _ => "a better place would leave no room for the rest of the request".into(),
+        };
+        states[spot.room].occupy(spot.mask, Some(spot.profile));
+    }
+    reasons
+}
+
+/// How many placements could serve a want now, on all GPUs together.
+fn free_placements(states: &[State], want: &Candidates<'_>) -> usize {
+    let on = |(state, profile): (&State, &Option<&Profile>)| match profile {
+        Some(profile) if state.allowance(profile) > 0 => {
+            profile.placements.iter().filter_map(|at| window_mask(*at)).filter(|mask| mask & state.mask == 0).count()
+        }
+        _ => 0,
+    };
+    states.iter().zip(&want.per_room).map(on).sum()
+}
+
 fn labels(wants: &[Candidates<'_>]) -> String {
     let runs =
         wants.chunk_by(|a, b| a.label == b.label).filter_map(|run| run.first().map(|want| (run.len(), &want.label)));
@@ -393,6 +457,33 @@ impl Board<'_> {
     fn smaller_placements(&self, window: u32) -> u64 {
         let in_the_way = |other: &&u32| *other & window != 0 && other.count_ones() <= window.count_ones();
         self.plain.iter().filter(in_the_way).count() as u64
+    }
+
+    /// What a policy weighs, for the window that it likes best.
+    fn reason(&self, policy: Policy, before: u32, window: u32) -> String {
+        let after = before | window;
+        let (slices, free) = (self.slices, self.free(before));
+        let start = || {
+            format!(
+                "the start that leaves the most placements ({} of {})",
+                self.placements(after),
+                self.placements(before)
+            )
+        };
+        match policy {
+            Policy::Scc => {
+                let (had, has) = (self.capability(before), self.capability(after));
+                format!("the least loss for later requests: placements worth {} of {had} slices", had - has)
+            }
+            Policy::FirstFit => "the first GPU with room, and there the lowest start".into(),
+            Policy::Driver => format!("the first GPU with room, and there {}", start()),
+            Policy::Binpack => {
+                format!("the GPU with room that has the fewest free slices ({free} of {slices}), and there {}", start())
+            }
+            Policy::Spread => {
+                format!("the GPU with room that has the most free slices ({free} of {slices}), and there {}", start())
+            }
+        }
     }
 
     fn free(&self, mask: u32) -> u32 {
@@ -1043,6 +1134,61 @@ mod tests {
         prop::sample::select(vec![Policy::Scc, Policy::FirstFit, Policy::Driver, Policy::Binpack, Policy::Spread])
     }
 
+    fn reasons_of(devices: &[Device], names: &[&str], policy: Policy) -> Vec<String> {
+        let rooms = rooms(devices);
+        let wants = candidates(&rooms, &named(names)).unwrap();
+        reasons(&rooms, &wants, &place(&rooms, &wants, policy).unwrap(), policy)
+    }
+
+    #[test]
+    fn every_policy_gives_its_own_reason() {
+        let devices = [with(a100(0), &[("3g.40gb", 4)]), a100(1)];
+        let reason = |policy| reasons_of(&devices, &["1g.10gb"], policy).remove(0);
+        assert_eq!(reason(Policy::Scc), "the least loss for later requests: placements worth 13 of 20 slices");
+        assert_eq!(reason(Policy::FirstFit), "the first GPU with room, and there the lowest start");
+        assert_eq!(
+            reason(Policy::Driver),
+            "the first GPU with room, and there the start that leaves the most placements (5 of 10)"
+        );
+        assert!(reason(Policy::Binpack).starts_with("the GPU with room that has the fewest free slices (4 of 8), and"));
+        assert!(reason(Policy::Spread).starts_with("the GPU with room that has the most free slices (8 of 8), and"));
+        assert_eq!(reasons_of(&devices[..1], &["4g.40gb"], Policy::Scc), ["the only free place for it"]);
+        assert_eq!(reasons_of(&[a100(0), a100(1)], &["7g.80gb"], Policy::FirstFit).len(), 1);
+        assert!(
+            reasons_of(&[a100(0), a100(1)], &["7g.80gb"], Policy::FirstFit)[0].contains("first GPU"),
+            "not the only"
+        );
+    }
+
+    #[test]
+    fn a_second_choice_says_so() {
+        // The memory goes to the A100 first, and has to leave it to the profile that the A30 does not have.
+        let devices = [with(a100(0), &[("3g.40gb", 4), ("1g.20gb", 2)]), a30(1)];
+        let rooms = rooms(&devices);
+        let wants = [Want::Memory { bytes: 10 << 30 }, Want::Profile("2g.20gb".into())];
+        let wants = candidates(&rooms, &wants).unwrap();
+        let choices = place(&rooms, &wants, Policy::FirstFit).unwrap();
+        assert_eq!(choices[0].gpu, "GPU-1");
+        let said = reasons(&rooms, &wants, &choices, Policy::FirstFit);
+        assert_eq!(said, ["a better place would leave no room for the rest of the request", "the only free place for it"]);
+    }
+
+    #[test]
+    fn what_remains_of_each_profile() {
+        let count = |device: &Device, name: &str| {
+            remaining(&Room { device, occupied: Vec::new() }, profile::resolve_name(device, name).unwrap())
+        };
+        let empty = a100(0);
+        let all = A100_80.map(|row| count(&empty, row.1));
+        assert_eq!(all, [7, 1, 4, 3, 2, 1, 1], "as many as the driver's instanceCount says");
+        let gpu = with(a100(0), &[("1g.10gb+me", 2), ("3g.40gb", 4)]);
+        assert_eq!(A100_80.map(|row| count(&gpu, row.1)), [3, 0, 1, 1, 0, 0, 0]);
+        assert_eq!(memory_slices(&Room { device: &gpu, occupied: Vec::new() }), (8, 3));
+        assert_eq!(A30.map(|row| count(&a30(0), row.1)), [4, 1, 2, 1, 1]);
+        let rtx = device(0, "RTX", &RTX_PRO_6000);
+        assert_eq!(RTX_PRO_6000.map(|row| count(&rtx, row.1)), RTX_PRO_6000.map(|row| row.4));
+    }
+
     /// Puts a slice where the driver would take it, or says that it would not.
     fn create(devices: &mut [Device], gpu: &str, name: &str, placement: Placement) -> bool {
         let Some(device) = devices.iter_mut().find(|d| d.uuid == gpu) else { return false };
@@ -1089,6 +1235,33 @@ mod tests {
         fn what_fits_is_never_refused((devices, names) in node_and_names(3), policy in policy()) {
             let names = as_strs(&names);
             prop_assert_eq!(place_by(&devices, &names, policy).is_ok(), fits_somehow(&devices, &names));
+        }
+
+        #[test]
+        fn fits_is_what_place_finds((devices, names) in node_and_names(3), policy in policy()) {
+            let (names, rooms) = (as_strs(&names), rooms(&devices));
+            let wants = candidates(&rooms, &named(&names)).unwrap();
+            prop_assert_eq!(fits(&rooms, &wants, policy, TRIALS), place(&rooms, &wants, policy).is_ok());
+        }
+
+        #[test]
+        fn every_choice_has_a_reason((devices, names) in node_and_names(4), policy in policy()) {
+            if place_by(&devices, &as_strs(&names), policy).is_ok() {
+                let reasons = reasons_of(&devices, &as_strs(&names), policy);
+                prop_assert!(reasons.iter().all(|reason| !reason.is_empty()), "{:?}", reasons);
+            }
+        }
+
+        #[test]
+        fn as_many_as_remain_can_be_cut((devices, names) in node_and_names(1)) {
+            let name = as_strs(&names)[0];
+            for device in &devices {
+                let Some(profile) = profile::resolve_name(device, name) else { continue };
+                let count = remaining(&Room { device, occupied: Vec::new() }, profile) as usize;
+                let one = std::slice::from_ref(device);
+                prop_assert!(count == 0 || place_by(one, &vec![name; count], Policy::Scc).is_ok());
+                prop_assert!(place_by(one, &vec![name; count + 1], Policy::Scc).is_err());
+            }
         }
 
         #[test]
