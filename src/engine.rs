@@ -25,11 +25,17 @@ mod destroy;
 mod keep;
 mod mode;
 mod offer;
+mod plan;
 
+pub use choose::{Kind, Refusal};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
 pub use mode::{Changed, Client};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
+pub use plan::{
+    Alternative, Count, FitsNow, Freed, GpuRoom, HeldSlice, HolderRow, Keeps, Outcome, Plan, Planned, ProfileRoom,
+    Source,
+};
 
 /// Longest wait for the lock in acquire and reconcile.
 pub const ACQUIRE_LOCK_WAIT: Duration = Duration::from_secs(60);

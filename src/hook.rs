@@ -17,7 +17,7 @@ use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
-use crate::host::{self, Majors};
+use crate::host::{self, Host, HostError, Majors};
 use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
@@ -133,17 +133,24 @@ pub(crate) fn prepare(
     request: &Request,
     cgroup: bool,
 ) -> Result<Majors> {
-    let prepared = strip_and_check(settings, config, holder.bundle.as_deref(), cgroup);
+    let prepared = check(settings, config, holder.bundle.as_deref(), cgroup, Host::majors);
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
 
-fn strip_and_check(settings: &Settings, config: &mut Value, bundle: Option<&Path>, cgroup: bool) -> Result<Majors> {
+/// The same with the majors as they are asked for, and without a word to the audit log.
+pub(crate) fn check(
+    settings: &Settings,
+    config: &mut Value,
+    bundle: Option<&Path>,
+    cgroup: bool,
+    majors: impl FnOnce(&Host) -> Result<Majors, HostError>,
+) -> Result<Majors> {
     check_dev(config, bundle)?;
     if !edits::claimed(config).is_empty() {
         let twice = "the container asks by annotation or environment, and by --device; leave one of them out";
         return Err(Refused(twice.into()).into());
     }
-    let majors = engine::host_of(settings).majors()?;
+    let majors = majors(&engine::host_of(settings))?;
     edits::strip(config, majors);
     check_rules(settings, config, majors, cgroup)?;
     Ok(majors)

@@ -104,6 +104,11 @@ impl Host {
         Host { proc_root: proc_root.into(), dev_root: dev_root.into(), driver_root: driver_root.into() }
     }
 
+    /// The driver's majors as they are: nvidia-uvm may have none yet.
+    pub fn known_majors(&self) -> Result<Majors, HostError> {
+        self.read_majors()
+    }
+
     /// The driver's majors. Loads nvidia-uvm by the host's nvidia-modprobe where it is not loaded: CUDA needs it.
     pub fn majors(&self) -> Result<Majors, HostError> {
         let majors = self.read_majors()?;

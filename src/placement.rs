@@ -221,7 +221,7 @@ fn counted(held: &[Held], holder: impl Fn(&Held) -> String) -> String {
 impl Held {
     /// Its profile, or what it is instead.
     pub fn name(&self) -> &str {
-        self.profile.as_deref().unwrap_or("a reservation")
+        self.profile.as_deref().unwrap_or("a slice")
     }
 }
 
@@ -978,7 +978,7 @@ mod tests {
         assert_eq!(
             refusal.explain(|_| "c1".into()),
             "no room for 1g.10gb+me: GPU 0 (NVIDIA A100-SXM4-80GB) holds 4g.40gb at 0:4 (c1), 1g.10gb+me at 4:1 (c1), \
-             a reservation at 6:1 (c1); it would fit after the end of 1g.10gb+me at 4:1 (c1)"
+             a slice at 6:1 (c1); it would fit after the end of 1g.10gb+me at 4:1 (c1)"
         );
         assert_eq!((refusal.holding[0].free, refusal.holding[0].slices), (2, 8));
     }
@@ -1170,7 +1170,10 @@ mod tests {
         let choices = place(&rooms, &wants, Policy::FirstFit).unwrap();
         assert_eq!(choices[0].gpu, "GPU-1");
         let said = reasons(&rooms, &wants, &choices, Policy::FirstFit);
-        assert_eq!(said, ["a better place would leave no room for the rest of the request", "the only free place for it"]);
+        assert_eq!(
+            said,
+            ["a better place would leave no room for the rest of the request", "the only free place for it"]
+        );
     }
 
     #[test]

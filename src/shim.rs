@@ -90,7 +90,7 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     let path = first::config_path(plan);
     let shown = path.display().to_string();
     let config = bundle::parse(&bundle::read(&path)?, &shown)?;
-    let asked = requested(plan, settings, &config.value).inspect_err(|error| {
+    let asked = requested(plan.own.env, settings, &config.value).inspect_err(|error| {
         if let Ok(holder) = holder(plan, settings, &config.value) {
             engine::audit_refusal(&holder, None, &report::sentence(error));
         }
@@ -122,9 +122,9 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
 
 /// Annotations win over the environment, which counts only for an entry with `--mig-env`: an image's ENV and a user's
 /// `-e` look the same here, so the user must have chosen this runtime by name.
-fn requested(plan: &Plan, settings: &Settings, config: &Value) -> Result<Option<Request>> {
+pub(crate) fn requested(environment: bool, settings: &Settings, config: &Value) -> Result<Option<Request>> {
     let annotated = request::from_annotations(hook::annotations(config), hook::container_name(config))?;
-    if annotated.is_some() || !plan.own.env {
+    if annotated.is_some() || !environment {
         return Ok(annotated);
     }
     let vars = config.pointer("/process/env").and_then(Value::as_array);
@@ -230,16 +230,16 @@ mod tests {
     fn the_environment_counts_only_for_an_entry_that_says_so() {
         let config = json!({"process": {"env": ["MIG_PROFILE=1g.10gb"]}});
         let settings = Settings::default();
-        assert!(requested(&plan("create c1"), &settings, &config).unwrap().is_none());
-        assert!(requested(&plan("--mig-env create c1"), &settings, &config).unwrap().is_some());
+        assert!(requested(false, &settings, &config).unwrap().is_none());
+        assert!(requested(true, &settings, &config).unwrap().is_some());
         let off = Settings { environment: false, ..settings };
-        assert!(requested(&plan("--mig-env create c1"), &off, &config).is_err());
+        assert!(requested(true, &off, &config).is_err());
     }
 
     #[test]
     fn an_annotation_wins_over_the_environment() {
         let config = json!({"annotations": {"mig.profile": "2g.20gb"}, "process": {"env": ["MIG_PROFILE=!!"]}});
-        let request = requested(&plan("--mig-env create c1"), &Settings::default(), &config).unwrap().unwrap();
+        let request = requested(true, &Settings::default(), &config).unwrap().unwrap();
         assert_eq!(request.to_string(), "mig.profile=2g.20gb");
     }
 

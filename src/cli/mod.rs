@@ -38,6 +38,7 @@ mod leases;
 mod list;
 mod mode;
 mod metrics;
+mod plan;
 mod profiles;
 mod release;
 mod reserve;
@@ -68,6 +69,8 @@ enum Verb {
     Profiles(profiles::Args),
     /// Show what is recorded of each holder
     Leases,
+    /// Tell what a container with a request would get and where, or why it would get nothing
+    Plan(plan::Args),
     /// Give back the slices of a container that has ended
     Release(release::Args),
     /// Free what nobody holds any more, and finish what was interrupted
@@ -154,6 +157,7 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::List(verb) => list::run(&settings()?, verb, args.json),
         Verb::Profiles(verb) => profiles::run(&settings()?, verb, args.json),
         Verb::Leases => leases::run(&settings()?, args.json),
+        Verb::Plan(verb) => plan::run(&settings()?, verb, args.json),
         Verb::Release(verb) => release::run(&settings()?, verb, args.json),
         Verb::Gc => gc::run(&settings()?, args.json),
         Verb::Create(verb) => create::run(&settings()?, verb, args.json),

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::*;
+use super::{Document, configure, gc, leases, list, plan, profiles, release};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
@@ -27,6 +28,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("history", schema::<history::History>("history")),
         ("leases", schema::<leases::Leases>("leases")),
         ("list", schema::<list::Listing>("list")),
+        ("plan", schema::<plan::Answer>("plan")),
         ("profiles", schema::<profiles::Profiles>("profiles")),
         ("release", schema::<release::Answer>("release")),
     ])

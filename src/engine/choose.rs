@@ -48,7 +48,8 @@ pub enum Kind {
 }
 
 /// Why an alternative of a request, or all of it, can't be met as things are.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Refusal {
     /// What kind of refusal it is.
     pub kind: Kind,
@@ -477,7 +478,7 @@ fn names_device(name: &str, device: &Device) -> bool {
     GpuSelector::parse(name).is_some_and(|selector| selector.matches(device))
 }
 
-fn mode_sentence(device: &Device) -> String {
+pub(super) fn mode_sentence(device: &Device) -> String {
     let (what, remedy) = match device.mig {
         MigMode::Unsupported => ("has no MIG", "a GPU with MIG is needed".to_owned()),
         MigMode::EnablePending => {

@@ -285,7 +285,7 @@ impl Engine<'_> {
         Ok(())
     }
 
-    fn with_minors(&self, mut slices: Vec<Slice>) -> Result<Vec<Slice>, Failure> {
+    pub(super) fn with_minors(&self, mut slices: Vec<Slice>) -> Result<Vec<Slice>, Failure> {
         for slice in &mut slices {
             if let (Some(gi), Some(ci)) = (slice.gi, slice.ci) {
                 slice.gi_minor = Some(self.host.instance_minor(slice.gpu_minor, gi)?);

@@ -1,0 +1,331 @@
+//! `migctl plan`: what a container with a request would get and where, or why it would get nothing. Changes nothing.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+
+use crate::bundle;
+use crate::config::Settings;
+use crate::engine::{self, Count, Engine, Failure, HeldSlice, HolderRow, Kind, Outcome, Plan, Planned};
+use crate::gpu::nvml::Nvml;
+use crate::gpu::{MigMode, Placement};
+use crate::hook;
+use crate::host::{self, Host};
+use crate::inventory::Standing;
+use crate::lease::{Holder, Way};
+use crate::profile;
+use crate::report::{self, Exit};
+use crate::request::{self, Request, Want};
+use crate::shim;
+
+/// Arguments of `migctl plan`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// 1g.10gb, 2x1g.10gb,3g.40gb, 2g.20gb|1g.20gb, 8GiB, MIG-…: as in mig.profile, mig.memory and mig.uuid
+    #[arg(value_name = "REQUEST", required_unless_present = "file")]
+    request: Option<String>,
+    /// Which GPU, by index, UUID or PCI address, as in mig.gpu
+    #[arg(long, value_name = "GPU", requires = "request")]
+    gpu: Option<String>,
+    /// Whose container it would be [default: the caller's]: slices reserved for this user count
+    #[arg(long = "as", value_name = "USER|UID")]
+    user: Option<String>,
+    /// Take the request, by annotation or environment, from an OCI config.json, and check its device rules too
+    #[arg(long, value_name = "FILE", conflicts_with = "request")]
+    file: Option<PathBuf>,
+}
+
+/// The document of `migctl plan`.
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Answer {
+    /// The request, as annotations.
+    request: String,
+    /// What a container's create would end with, and what this command ends with: 0, 65, 75 or 77.
+    exit_code: u8,
+    #[serde(flatten)]
+    plan: Plan,
+}
+
+pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
+    let request = match (&args.request, &args.file) {
+        (Some(text), _) => request::typed(text, args.gpu.as_deref())?,
+        (None, Some(file)) => request_of(settings, file)?,
+        (None, None) => bail!(Failure::BadRequest("there is no request to plan for".into())),
+    };
+    let uid = match &args.user {
+        Some(user) => Some(uid_of(user)?),
+        None => host::user(std::process::id()),
+    };
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::look(settings, &nvml);
+    let all_is_shown = settings.rootless.is_some() || nix::unistd::geteuid().is_root();
+    let plan = match all_is_shown {
+        true => engine.plan(&request, uid)?,
+        false => engine.plan_unprivileged(&request, uid)?,
+    };
+    if plan.outcome == Outcome::Fits {
+        check_nodes(settings, &plan)?;
+    }
+    let exit = plan.failure().map_or(Exit::Ok, |failure| report::exit_code(&failure.into()));
+    let answer = Answer { request: request.to_string(), exit_code: exit as u8, plan };
+    super::print(&answer, json, |answer| text(answer, &request))?;
+    Ok(exit)
+}
+
+/// The request in a container's config, when nothing else in that config stands against a slice.
+fn request_of(settings: &Settings, file: &Path) -> Result<Request> {
+    let shown = file.display().to_string();
+    let config = bundle::parse(&bundle::read(file)?, &shown)?;
+    let Some(request) = shim::requested(true, settings, &config.value)? else {
+        bail!(Failure::BadRequest(format!("{shown} asks for no slice: its container starts without one")));
+    };
+    let mut value = config.certain(&shown)?;
+    let mut holder = Holder::new(Way::Shim);
+    hook::describe(&mut holder, &value);
+    hook::check(settings, &mut value, file.parent(), holder.cgroup.is_some(), Host::known_majors)?;
+    Ok(request)
+}
+
+fn uid_of(user: &str) -> Result<u32> {
+    if let Ok(uid) = user.parse() {
+        return Ok(uid);
+    }
+    match nix::unistd::User::from_name(user)? {
+        Some(user) => Ok(user.uid.as_raw()),
+        None => bail!(Failure::BadRequest(format!("there is no user {user:?}; give a name of this host, or a uid"))),
+    }
+}
+
+/// A user without root gets a slice that exists only where its nodes are there and their modes let that user open them.
+fn check_nodes(settings: &Settings, plan: &Plan) -> Result<()> {
+    if settings.rootless.is_none() || plan.existing.is_empty() {
+        return Ok(());
+    }
+    let host = engine::host_of(settings);
+    let majors = host.known_majors()?;
+    // Only names what is missing: nobody makes a node in a user namespace.
+    engine::make_host_nodes(&host, &plan.existing, majors)?;
+    hook::check_modes(settings, &engine::nodes_of(&host, &plan.existing, majors))
+}
+
+fn text(answer: &Answer, request: &Request) -> String {
+    let plan = &answer.plan;
+    let mut parts = match plan.outcome {
+        Outcome::Fits => vec![fits(answer)],
+        Outcome::Refused => refused(answer, request),
+        Outcome::Unknown => vec![unknown(answer)],
+    };
+    parts.extend(freed_first(plan));
+    parts.join("\n")
+}
+
+fn fits(answer: &Answer) -> String {
+    let plan = &answer.plan;
+    let mut out = format!("{} fits; a container would get\n", answer.request);
+    let row = |slice: &Planned| {
+        vec![
+            format!("  {}", slice.profile),
+            super::word(slice.source),
+            format!("{}on GPU {} ({})", at(slice.placement), slice.gpu_index, slice.gpu_name),
+            slice.gi.map_or(String::new(), |gi| format!("GI {gi}")),
+            slice.uuid.clone().unwrap_or_default(),
+        ]
+    };
+    for slice in &plan.slices {
+        out += &super::table(&[row(slice)]);
+        out += &format!("    {}\n", slice.why);
+    }
+    for keeps in &plan.keeps {
+        out += &match keeps.profiles.as_slice() {
+            [] => format!("GPU {} is full then.\n", keeps.gpu_index),
+            profiles => format!("GPU {} keeps room for {}.\n", keeps.gpu_index, one_of(profiles)),
+        };
+    }
+    for passed in &plan.refused_alternatives {
+        out += &format!("Not taken: {}, since there is {}.\n", passed.wanted, passed.refusal.sentence);
+    }
+    out
+}
+
+/// The reason, the offer or the room that there is, and what to do.
+fn refused(answer: &Answer, request: &Request) -> Vec<String> {
+    let plan = &answer.plan;
+    let mut parts = vec![reasons(answer)];
+    match plan.refusal.as_ref().map(|refusal| refusal.kind) {
+        Some(Kind::NotOffered | Kind::NeverFits) => parts.extend(offer(plan)),
+        Some(Kind::NotAllowed | Kind::NoGpu | Kind::MigOff | Kind::NoSuchSlice) | None => {}
+        Some(_) => parts.extend([room(plan), ends(plan)]),
+    }
+    parts.extend(fits_now(plan, request));
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+/// Why not, a line for each alternative; whose room it is comes below.
+fn reasons(answer: &Answer) -> String {
+    let plan = &answer.plan;
+    let line = |wanted: &str, kind: Kind, sentence: &str| match kind {
+        Kind::NoRoom => format!("{wanted} does not fit now: there is no room.\n"),
+        Kind::Fragmented => format!(
+            "{wanted} does not fit now: the room that is free lies in pieces. Moved together, the running slices would leave \
+             enough.\n"
+        ),
+        Kind::NeverFits => format!("{wanted} never fits: it is more than these GPUs hold with nothing else on them.\n"),
+        Kind::NotOffered => format!("{wanted} is offered by no GPU that may serve it.\n"),
+        _ => format!("{wanted} would be refused: {sentence}.\n"),
+    };
+    match (plan.refused_alternatives.as_slice(), &plan.refusal) {
+        ([], Some(refusal)) => line(&answer.request, refusal.kind, &refusal.sentence),
+        (alternatives, _) => {
+            alternatives.iter().map(|a| line(&a.wanted, a.refusal.kind, &a.refusal.sentence)).collect()
+        }
+    }
+}
+
+/// What each GPU model offers.
+fn offer(plan: &Plan) -> Option<String> {
+    let mut models: Vec<(Vec<String>, &str, String)> = Vec::new();
+    for gpu in &plan.gpus {
+        let mut profiles: Vec<_> = gpu.profiles.iter().collect();
+        profiles.sort_by_key(|profile| profile.memory_mib);
+        let names: Vec<String> = profiles.iter().map(|p| format!("{}x {}", p.total, p.name)).collect();
+        let offered = match (names.is_empty(), gpu.mig) {
+            (false, _) => names.join(", "),
+            (true, MigMode::Unsupported) => "no MIG".into(),
+            (true, MigMode::On | MigMode::DisablePending) => "no profile that containers may ask for".into(),
+            (true, MigMode::Off | MigMode::EnablePending) => "MIG mode is off".into(),
+        };
+        match models.iter_mut().find(|(_, name, theirs)| *name == gpu.name && *theirs == offered) {
+            Some((indices, ..)) => indices.push(gpu.index.to_string()),
+            None => models.push((vec![gpu.index.to_string()], &gpu.name, offered)),
+        }
+    }
+    let row = |(indices, name, offered): &(Vec<String>, &str, String)| {
+        vec![format!("  GPU {}", indices.join(", ")), (*name).to_owned(), offered.clone()]
+    };
+    (!models.is_empty()).then(|| format!("Offered:\n{}", super::table(&models.iter().map(row).collect::<Vec<_>>())))
+}
+
+/// Each GPU with what is free and who holds the rest.
+fn room(plan: &Plan) -> String {
+    let mut out = String::new();
+    for gpu in &plan.gpus {
+        let free = match (&gpu.closed, gpu.memory_slices, gpu.free_memory_slices) {
+            (Some(closed), ..) => closed.clone(),
+            (None, Some(slices), Some(free)) => format!("{free} of {slices} memory slices free"),
+            (None, ..) => "what is free here is shown to root only".into(),
+        };
+        out += &format!("GPU {}  {}  {free}\n", gpu.index, gpu.name);
+        if gpu.closed.is_none() {
+            out += &super::table(&rows_on(plan, gpu.index));
+        }
+    }
+    out
+}
+
+fn rows_on(plan: &Plan, gpu: u32) -> Vec<Vec<String>> {
+    let slices = plan.holders.iter().flat_map(|holder| holder.slices.iter().map(move |slice| (slice, holder)));
+    let mut here: Vec<(&HeldSlice, &HolderRow)> = slices.filter(|(slice, _)| slice.gpu_index == gpu).collect();
+    here.sort_by_key(|(slice, _)| slice.placement);
+    let row = |(slice, holder): &(&HeldSlice, &HolderRow)| {
+        vec![
+            format!("  {}", slice.profile),
+            at(slice.placement).trim_end().to_owned(),
+            name(holder),
+            holder.way.filter(|_| holder.standing == Standing::Held).map(super::word).unwrap_or_default(),
+            holder.pid.map(|pid| format!("pid {pid}")).unwrap_or_default(),
+            holder.uid.map(|uid| format!("uid {uid}")).unwrap_or_default(),
+            holder.held_ms.map(super::duration).unwrap_or_default(),
+        ]
+    };
+    here.iter().map(row).collect()
+}
+
+/// Whose end would make it fit.
+fn ends(plan: &Plan) -> String {
+    let one = |n: &usize| plan.holders.get(*n).map(end).unwrap_or_default();
+    let line = |set: &Vec<usize>| format!("  {}\n", set.iter().map(one).collect::<Vec<_>>().join(" and "));
+    match plan.ends.as_slice() {
+        [] => String::new(),
+        [set] => format!("It would fit after the end of\n{}", line(set)),
+        sets => format!("It would fit after the end of one of\n{}", sets.iter().map(line).collect::<String>()),
+    }
+}
+
+/// A holder with what it has, and what ends it.
+fn end(holder: &HolderRow) -> String {
+    let slices: Vec<String> = holder
+        .slices
+        .iter()
+        .map(|slice| format!("{} {}on GPU {}", slice.profile, at(slice.placement), slice.gpu_index))
+        .collect();
+    let command = holder.command.as_ref().map(|command| format!(": {command}")).unwrap_or_default();
+    match holder.container {
+        Some(_) => format!("{} ({}){command}", name(holder), slices.join(", ")),
+        None => format!("{} ({}){command}", slices.join(", "), name(holder)),
+    }
+}
+
+fn name(holder: &HolderRow) -> String {
+    match holder.standing {
+        Standing::Foreign => "foreign".into(),
+        _ => holder.name.clone(),
+    }
+}
+
+fn fits_now(plan: &Plan, request: &Request) -> Option<String> {
+    let largest = plan.fits_now.first()?;
+    let names: Vec<&str> = plan.fits_now.iter().map(|one| one.profile.as_str()).collect();
+    let by_memory = request.alternatives.iter().flatten().any(|want| matches!(want, Want::Memory { .. }));
+    let amount = match by_memory {
+        true => format!(", which is {} of memory", profile::format_size(largest.memory_mib << 20)),
+        false => String::new(),
+    };
+    Some(format!("What fits now, at most: {}{amount}\n", names.join(" or ")))
+}
+
+fn unknown(answer: &Answer) -> String {
+    let plan = &answer.plan;
+    let why = plan.refusal.as_ref().map(|refusal| refusal.sentence.as_str()).unwrap_or_default();
+    let open: Vec<String> =
+        plan.gpus.iter().filter(|gpu| gpu.closed.is_none()).map(|gpu| gpu.index.to_string()).collect();
+    format!(
+        "Nothing speaks against {}: the settings allow it, and MIG mode is on (GPU {}). Whether it fits now can't be told:\n\
+         {why}.\n\nAs root: migctl plan shows all of it. For rootless podman: podman unshare migctl plan\n",
+        answer.request,
+        open.join(", ")
+    )
+}
+
+fn freed_first(plan: &Plan) -> Option<String> {
+    let row = |freed: &engine::Freed| {
+        let slice = |s: &HeldSlice| format!("{} {}on GPU {}", s.profile, at(s.placement), s.gpu_index);
+        let slices: Vec<String> = freed.slices.iter().map(slice).collect();
+        vec![format!("  {}", slices.join(", ")), freed.name.clone(), freed.reason.clone()]
+    };
+    let rows: Vec<Vec<String>> = plan.freed_first.iter().map(row).collect();
+    (!rows.is_empty()).then(|| format!("Freed first:\n{}", super::table(&rows)))
+}
+
+/// `4g.40gb, 2x 2g.20gb or 5x 1g.10gb`.
+fn one_of(counts: &[Count]) -> String {
+    let names: Vec<String> = counts
+        .iter()
+        .map(|one| if one.count == 1 { one.profile.clone() } else { format!("{}x {}", one.count, one.profile) })
+        .collect();
+    match names.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+        None => String::new(),
+    }
+}
+
+/// `at 4:4 `, or nothing where the driver does not show it.
+fn at(placement: Placement) -> String {
+    match placement == Placement::UNKNOWN {
+        true => String::new(),
+        false => format!("at {placement} "),
+    }
+}
