@@ -423,6 +423,14 @@ impl<'a> Engine<'a> {
         (lease, learned || back, verdict)
     }
 
+    /// Whether the state is of another boot: then it counts for nothing.
+    fn is_outlived(&self) -> Result<bool, Failure> {
+        Ok(match self.store.boot()? {
+            Some(boot) => boot != host::boot_id()?,
+            None => false,
+        })
+    }
+
     /// Every lease. Unreadable ones are an error: what we don't understand we leave alone, all of it.
     pub fn leases(&self) -> Result<Vec<Lease>, Failure> {
         leases_in(&self.store)

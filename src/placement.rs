@@ -35,6 +35,7 @@ const MAX_BLOCKERS_SHOWN: usize = 3;
 
 /// Which of the free placements is taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// Where the least capability is lost, see the module's documentation.
@@ -473,7 +474,10 @@ impl Board<'_> {
         match policy {
             Policy::Scc => {
                 let (had, has) = (self.capability(before), self.capability(after));
-                format!("the least loss for later requests: placements worth {} of {had} slices", had - has)
+                let lost = had - has;
+                format!(
+                    "costs later requests the least: {lost} of the {had} slices that free placements here add up to"
+                )
             }
             Policy::FirstFit => "the first GPU with room, and there the lowest start".into(),
             Policy::Driver => format!("the first GPU with room, and there {}", start()),
@@ -1144,7 +1148,10 @@ mod tests {
     fn every_policy_gives_its_own_reason() {
         let devices = [with(a100(0), &[("3g.40gb", 4)]), a100(1)];
         let reason = |policy| reasons_of(&devices, &["1g.10gb"], policy).remove(0);
-        assert_eq!(reason(Policy::Scc), "the least loss for later requests: placements worth 13 of 20 slices");
+        assert_eq!(
+            reason(Policy::Scc),
+            "costs later requests the least: 13 of the 20 slices that free placements here add up to"
+        );
         assert_eq!(reason(Policy::FirstFit), "the first GPU with room, and there the lowest start");
         assert_eq!(
             reason(Policy::Driver),

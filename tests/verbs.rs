@@ -29,6 +29,8 @@ mod leases;
 mod list;
 #[path = "verbs/metrics.rs"]
 mod metrics;
+#[path = "verbs/plan.rs"]
+mod plan;
 #[path = "verbs/profiles.rs"]
 mod profiles;
 #[path = "verbs/release.rs"]

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::bundle;
 use crate::config::Settings;
-use crate::engine::{self, Count, Engine, Failure, HeldSlice, HolderRow, Kind, Outcome, Plan, Planned};
+use crate::engine::{self, Count, Engine, Failure, HeldSlice, HolderRow, Kind, Outcome, Plan, Planned, Refusal};
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{MigMode, Placement};
 use crate::hook;
@@ -144,7 +144,7 @@ fn fits(answer: &Answer) -> String {
         };
     }
     for passed in &plan.refused_alternatives {
-        out += &format!("Not taken: {}, since there is {}.\n", passed.wanted, passed.refusal.sentence);
+        out += &format!("Not taken: {} ({}).\n", passed.wanted, super::word(passed.refusal.kind).replace('-', " "));
     }
     out
 }
@@ -154,9 +154,10 @@ fn refused(answer: &Answer, request: &Request) -> Vec<String> {
     let plan = &answer.plan;
     let mut parts = vec![reasons(answer)];
     match plan.refusal.as_ref().map(|refusal| refusal.kind) {
-        Some(Kind::NotOffered | Kind::NeverFits) => parts.extend(offer(plan)),
-        Some(Kind::NotAllowed | Kind::NoGpu | Kind::MigOff | Kind::NoSuchSlice) | None => {}
-        Some(_) => parts.extend([room(plan), ends(plan)]),
+        Some(Kind::NotOffered | Kind::NeverFits) => parts.extend([offer(plan), closed(plan)]),
+        Some(Kind::NoRoom | Kind::Fragmented) => parts.extend([room(plan), closed(plan), ends(plan)]),
+        Some(Kind::Held | Kind::InUse) => parts.push(ends(plan)),
+        _ => {}
     }
     parts.extend(fits_now(plan, request));
     parts.retain(|part| !part.is_empty());
@@ -166,30 +167,30 @@ fn refused(answer: &Answer, request: &Request) -> Vec<String> {
 /// Why not, a line for each alternative; whose room it is comes below.
 fn reasons(answer: &Answer) -> String {
     let plan = &answer.plan;
-    let line = |wanted: &str, kind: Kind, sentence: &str| match kind {
-        Kind::NoRoom => format!("{wanted} does not fit now: there is no room.\n"),
-        Kind::Fragmented => format!(
-            "{wanted} does not fit now: the room that is free lies in pieces. Moved together, the running slices would leave \
-             enough.\n"
-        ),
-        Kind::NeverFits => format!("{wanted} never fits: it is more than these GPUs hold with nothing else on them.\n"),
-        Kind::NotOffered => format!("{wanted} is offered by no GPU that may serve it.\n"),
-        _ => format!("{wanted} would be refused: {sentence}.\n"),
-    };
     match (plan.refused_alternatives.as_slice(), &plan.refusal) {
-        ([], Some(refusal)) => line(&answer.request, refusal.kind, &refusal.sentence),
-        (alternatives, _) => {
-            alternatives.iter().map(|a| line(&a.wanted, a.refusal.kind, &a.refusal.sentence)).collect()
-        }
+        ([], Some(refusal)) => why_not(&answer.request, refusal) + "\n",
+        (alternatives, _) => alternatives.iter().map(|a| why_not(&a.wanted, &a.refusal) + "\n").collect(),
+    }
+}
+
+fn why_not(wanted: &str, refusal: &Refusal) -> String {
+    match refusal.kind {
+        Kind::NoRoom => format!("{wanted} does not fit now: there is no room."),
+        Kind::Fragmented => format!(
+            "{wanted} does not fit now: the free room lies in pieces. Moved together, the running slices would leave enough."
+        ),
+        Kind::NeverFits => format!("{wanted} never fits: it is more than these GPUs hold with nothing else on them."),
+        Kind::NotOffered => format!("{wanted} is offered by no GPU that may serve it."),
+        _ => format!("A container would be refused: {}", refusal.sentence),
     }
 }
 
 /// What each GPU model offers.
-fn offer(plan: &Plan) -> Option<String> {
+fn offer(plan: &Plan) -> String {
     let mut models: Vec<(Vec<String>, &str, String)> = Vec::new();
     for gpu in &plan.gpus {
         let mut profiles: Vec<_> = gpu.profiles.iter().collect();
-        profiles.sort_by_key(|profile| profile.memory_mib);
+        profiles.sort_by_key(|p| (profile::compute_slices(&p.name), p.memory_mib, p.name.len()));
         let names: Vec<String> = profiles.iter().map(|p| format!("{}x {}", p.total, p.name)).collect();
         let offered = match (names.is_empty(), gpu.mig) {
             (false, _) => names.join(", "),
@@ -205,24 +206,25 @@ fn offer(plan: &Plan) -> Option<String> {
     let row = |(indices, name, offered): &(Vec<String>, &str, String)| {
         vec![format!("  GPU {}", indices.join(", ")), (*name).to_owned(), offered.clone()]
     };
-    (!models.is_empty()).then(|| format!("Offered:\n{}", super::table(&models.iter().map(row).collect::<Vec<_>>())))
+    let rows: Vec<Vec<String>> = models.iter().map(row).collect();
+    if rows.is_empty() { String::new() } else { format!("Offered:\n{}", super::table(&rows)) }
 }
 
-/// Each GPU with what is free and who holds the rest.
+/// Each GPU that may serve the request, with what is free and who holds the rest.
 fn room(plan: &Plan) -> String {
     let mut out = String::new();
-    for gpu in &plan.gpus {
-        let free = match (&gpu.closed, gpu.memory_slices, gpu.free_memory_slices) {
-            (Some(closed), ..) => closed.clone(),
-            (None, Some(slices), Some(free)) => format!("{free} of {slices} memory slices free"),
-            (None, ..) => "what is free here is shown to root only".into(),
-        };
-        out += &format!("GPU {}  {}  {free}\n", gpu.index, gpu.name);
-        if gpu.closed.is_none() {
-            out += &super::table(&rows_on(plan, gpu.index));
-        }
+    for gpu in plan.gpus.iter().filter(|gpu| gpu.closed.is_none()) {
+        let free = gpu.free_memory_slices.zip(gpu.memory_slices);
+        let free = free.map(|(free, slices)| format!("  {free} of {slices} memory slices free")).unwrap_or_default();
+        out += &format!("GPU {}  {}{free}\n{}", gpu.index, gpu.name, super::table(&rows_on(plan, gpu.index)));
     }
     out
+}
+
+/// The GPUs that an administrator could open.
+fn closed(plan: &Plan) -> String {
+    let closed = plan.gpus.iter().filter_map(|gpu| gpu.closed.as_ref()).filter(|closed| closed.kind != Kind::NoGpu);
+    closed.map(|closed| format!("{}\n", closed.sentence)).collect()
 }
 
 fn rows_on(plan: &Plan, gpu: u32) -> Vec<Vec<String>> {
@@ -234,9 +236,8 @@ fn rows_on(plan: &Plan, gpu: u32) -> Vec<Vec<String>> {
             format!("  {}", slice.profile),
             at(slice.placement).trim_end().to_owned(),
             name(holder),
-            holder.way.filter(|_| holder.standing == Standing::Held).map(super::word).unwrap_or_default(),
             holder.pid.map(|pid| format!("pid {pid}")).unwrap_or_default(),
-            holder.uid.map(|uid| format!("uid {uid}")).unwrap_or_default(),
+            holder.uid.filter(|_| holder.container.is_some()).map(|uid| format!("uid {uid}")).unwrap_or_default(),
             holder.held_ms.map(super::duration).unwrap_or_default(),
         ]
     };
@@ -246,7 +247,7 @@ fn rows_on(plan: &Plan, gpu: u32) -> Vec<Vec<String>> {
 /// Whose end would make it fit.
 fn ends(plan: &Plan) -> String {
     let one = |n: &usize| plan.holders.get(*n).map(end).unwrap_or_default();
-    let line = |set: &Vec<usize>| format!("  {}\n", set.iter().map(one).collect::<Vec<_>>().join(" and "));
+    let line = |set: &Vec<usize>| format!("  - {}\n", set.iter().map(one).collect::<Vec<_>>().join("\n    and "));
     match plan.ends.as_slice() {
         [] => String::new(),
         [set] => format!("It would fit after the end of\n{}", line(set)),
@@ -256,22 +257,25 @@ fn ends(plan: &Plan) -> String {
 
 /// A holder with what it has, and what ends it.
 fn end(holder: &HolderRow) -> String {
-    let slices: Vec<String> = holder
-        .slices
-        .iter()
-        .map(|slice| format!("{} {}on GPU {}", slice.profile, at(slice.placement), slice.gpu_index))
-        .collect();
+    let slices = list(&holder.slices);
     let command = holder.command.as_ref().map(|command| format!(": {command}")).unwrap_or_default();
-    match holder.container {
-        Some(_) => format!("{} ({}){command}", name(holder), slices.join(", ")),
-        None => format!("{} ({}){command}", slices.join(", "), name(holder)),
+    match holder.standing {
+        Standing::Foreign | Standing::Static | Standing::Reserved => format!("{slices}, {}{command}", name(holder)),
+        _ => format!("{}, which has {slices}{command}", name(holder)),
     }
 }
 
+fn list(slices: &[HeldSlice]) -> String {
+    let one = |s: &HeldSlice| format!("{} {}on GPU {}", s.profile, at(s.placement), s.gpu_index);
+    slices.iter().map(one).collect::<Vec<_>>().join(" and ")
+}
+
 fn name(holder: &HolderRow) -> String {
-    match holder.standing {
-        Standing::Foreign => "foreign".into(),
-        _ => holder.name.clone(),
+    let known: Vec<&str> = [&holder.given_name, &holder.engine].into_iter().flatten().map(String::as_str).collect();
+    match (holder.standing, known.is_empty()) {
+        (Standing::Foreign, _) => "foreign".into(),
+        (_, false) => format!("{} ({})", holder.name, known.join(", ")),
+        (_, true) => holder.name.clone(),
     }
 }
 
@@ -293,18 +297,15 @@ fn unknown(answer: &Answer) -> String {
         plan.gpus.iter().filter(|gpu| gpu.closed.is_none()).map(|gpu| gpu.index.to_string()).collect();
     format!(
         "Nothing speaks against {}: the settings allow it, and MIG mode is on (GPU {}). Whether it fits now can't be told:\n\
-         {why}.\n\nAs root: migctl plan shows all of it. For rootless podman: podman unshare migctl plan\n",
+         {why}.\n\nRoot is shown all of it: sudo migctl plan. What rootless podman would get: podman unshare migctl plan\n",
         answer.request,
         open.join(", ")
     )
 }
 
 fn freed_first(plan: &Plan) -> Option<String> {
-    let row = |freed: &engine::Freed| {
-        let slice = |s: &HeldSlice| format!("{} {}on GPU {}", s.profile, at(s.placement), s.gpu_index);
-        let slices: Vec<String> = freed.slices.iter().map(slice).collect();
-        vec![format!("  {}", slices.join(", ")), freed.name.clone(), freed.reason.clone()]
-    };
+    let row =
+        |freed: &engine::Freed| vec![format!("  {}", list(&freed.slices)), freed.name.clone(), freed.reason.clone()];
     let rows: Vec<Vec<String>> = plan.freed_first.iter().map(row).collect();
     (!rows.is_empty()).then(|| format!("Freed first:\n{}", super::table(&rows)))
 }

@@ -61,7 +61,7 @@ pub struct Occupant {
 impl Engine<'_> {
     /// The GPUs that are closed to new holders.
     pub fn cordons(&self) -> Result<Cordons, Failure> {
-        Ok(self.store.cordons()?)
+        Ok(if self.is_outlived()? { Cordons::new() } else { self.store.cordons()? })
     }
 
     /// Closes a GPU to new holders, or opens it again with `None`. What runs there goes on. False when it was so already; a

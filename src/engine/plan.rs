@@ -10,6 +10,7 @@ use crate::gpu::{Device, Instance, MigMode, Placement};
 use crate::host::{self, ProcessId};
 use crate::inventory::Standing;
 use crate::lease::{Lease, Slice, State, Verdict, Way};
+use crate::names;
 use crate::placement::{self, Candidates, Choice, Policy, Room};
 use crate::profile;
 use crate::request::{Request, Want, format_wants};
@@ -190,7 +191,7 @@ pub struct GpuRoom {
     /// MIG mode now.
     pub mig: MigMode,
     /// Why nothing may be placed here now: MIG mode, a cordon, or the request names another GPU.
-    pub closed: Option<String>,
+    pub closed: Option<Refusal>,
     /// Memory slices in all; `null` where the driver does not show them to this user.
     pub memory_slices: Option<u32>,
     /// Memory slices that are free.
@@ -225,6 +226,12 @@ pub struct HolderRow {
     pub token: Option<String>,
     /// Container id.
     pub container: Option<String>,
+    /// The name that the container was given, where its engine's files tell it.
+    pub given_name: Option<String>,
+    /// `docker`, `podman`, `containerd` or `cri-o`, where that can be told.
+    pub engine: Option<String>,
+    /// Its pod in Kubernetes, as `NAMESPACE/POD`.
+    pub pod: Option<String>,
     /// Image name, where the engine tells it.
     pub image: Option<String>,
     /// By which way in it came.
@@ -282,7 +289,8 @@ impl Engine<'_> {
         }
         // Under the lock: a lease that is Pending is a dead process's then.
         let lock = self.store.lock_existing(ACQUIRE_LOCK_WAIT)?;
-        let mut scene = Scene { devices: Vec::new(), leases: self.leases_of_this_boot()? };
+        let mut scene =
+            Scene { devices: Vec::new(), leases: if self.is_outlived()? { Vec::new() } else { self.leases()? } };
         scene.devices = match self.managed_devices() {
             Ok(devices) => devices,
             Err(Unmet::Refused(refusals)) => return Ok(plan.refused(request, refusals)),
@@ -368,13 +376,6 @@ impl Engine<'_> {
             holders: Vec::new(),
             ends: Vec::new(),
             fits_now: Vec::new(),
-        }
-    }
-
-    fn leases_of_this_boot(&self) -> Result<Vec<Lease>, Failure> {
-        match self.store.boot()? {
-            Some(boot) if boot != host::boot_id()? => Ok(Vec::new()),
-            _ => self.leases(),
         }
     }
 
@@ -611,6 +612,9 @@ impl Engine<'_> {
                     standing: Standing::Foreign,
                     token: None,
                     container: None,
+                    given_name: None,
+                    engine: None,
+                    pod: None,
                     image: None,
                     way: None,
                     pid: listed.map(|process| process.pid),
@@ -631,6 +635,8 @@ impl Engine<'_> {
             places.dedup();
             format!("migctl destroy {}", places.join(" "))
         };
+        let bundle = holder.bundle.as_deref().zip(holder.container.as_deref());
+        let named = bundle.map(|(bundle, id)| names::look_up(bundle, id)).unwrap_or_default();
         // Whoever uses a kept slice has to end before it can be destroyed.
         let used = |other: &Lease| {
             other.state != State::Static && other.slices.iter().any(|s| lease.slices.iter().any(|own| own.shares(s)))
@@ -646,6 +652,9 @@ impl Engine<'_> {
             },
             token: Some(lease.token.clone()),
             container: holder.container.clone(),
+            given_name: named.name,
+            engine: named.engine,
+            pod: named.pod,
             image: holder.image.clone(),
             way: Some(holder.way),
             pid: process.filter(|process| host::alive(*process)).map(|process| process.pid),
@@ -654,7 +663,7 @@ impl Engine<'_> {
             held_ms: Some(host::boot_ms().saturating_sub(lease.created_boot_ms)),
             command: match lease.state {
                 State::Static if !scene.leases.iter().any(used) => Some(destroy()),
-                State::Static => Some(format!("{}, when its user has ended", destroy())),
+                State::Static => Some(format!("{}, when who uses it has ended", destroy())),
                 State::Releasing | State::Quarantined => Some("migctl gc, when nothing uses it any more".into()),
                 State::Pending | State::Active => None,
             },
@@ -722,15 +731,20 @@ fn rooms_of(scene: &Scene, usable: &[Device], cordon: impl Fn(&Device) -> Option
         let device = room.device;
         let shown = !device.profiles.is_empty() && !device.is_closed();
         let (slices, free) = placement::memory_slices(room);
-        let mode = || (device.mig != MigMode::On).then(|| super::choose::mode_sentence(device));
-        let elsewhere = || "the request names another GPU".to_owned();
+        let closed = || match (device.mig, cordon(device)) {
+            (MigMode::On, None) => {
+                Refusal::new(Kind::NoGpu, format!("the request names another than {}", device.label()))
+            }
+            (MigMode::On, Some(cordon)) => Refusal::new(Kind::Cordoned, cordon),
+            _ => Refusal::new(Kind::MigOff, super::choose::mode_sentence(device)),
+        };
         let serves = usable.iter().any(|other| other.uuid == device.uuid);
         GpuRoom {
             index: device.index,
             uuid: device.uuid.clone(),
             name: device.name.clone(),
             mig: device.mig,
-            closed: (!serves).then(|| mode().or_else(|| cordon(device)).unwrap_or_else(elsewhere)),
+            closed: (!serves).then(closed),
             memory_slices: shown.then_some(slices),
             free_memory_slices: shown.then_some(free),
             profiles: device
@@ -763,7 +777,7 @@ fn still_possible(room: &Room<'_>) -> Vec<Count> {
     counts.map(|(p, count)| Count { profile: p.name.clone(), count: *count }).collect()
 }
 
-/// Everybody who has something on these GPUs.
+/// Everybody who has something on these GPUs, in the order of where.
 fn occupants(scene: &Scene) -> Vec<Occupant<'_>> {
     let here = |slice: &Slice| scene.devices.iter().any(|device| device.uuid == slice.gpu);
     let leases = scene.leases.iter().filter(|lease| lease.slices.iter().any(here)).map(Occupant::Lease);
@@ -772,7 +786,20 @@ fn occupants(scene: &Scene) -> Vec<Occupant<'_>> {
         scene.leases.iter().flat_map(|lease| &lease.slices).any(|slice| slice.is_at(&device.uuid, instance))
     };
     let foreign = instances.filter(|(device, i)| !recorded(device, i)).map(|(device, i)| Occupant::Foreign(device, i));
-    leases.chain(foreign).collect()
+    let place = |occupant: &Occupant<'_>| {
+        let (gpu, placement, kept) = match occupant {
+            Occupant::Lease(lease) => {
+                let first = lease.slices.iter().find(|slice| here(slice));
+                let (gpu, placement) = first.map_or(("", Placement::UNKNOWN), |s| (&s.gpu, s.placement));
+                (gpu, placement, lease.state == State::Static)
+            }
+            Occupant::Foreign(device, instance) => (device.uuid.as_str(), instance.placement, false),
+        };
+        (scene.devices.iter().position(|device| device.uuid == gpu), placement, kept)
+    };
+    let mut occupants: Vec<Occupant<'_>> = leases.chain(foreign).collect();
+    occupants.sort_by_key(place);
+    occupants
 }
 
 /// The scene when these have ended: an instance goes with the lease that cut it, or with what keeps it.
