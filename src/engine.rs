@@ -33,7 +33,7 @@ pub use destroy::{Destroyed, Place};
 pub use mode::{Changed, Client};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
 pub use plan::{
-    Alternative, Count, FitsNow, Freed, GpuRoom, HeldSlice, HolderRow, Keeps, Outcome, Plan, Planned, ProfileRoom,
+    Alternative, Count, FitsNow, Freed, GpuRoom, HeldSlice, Keeps, Occupier, Outcome, Plan, Planned, ProfileRoom,
     Source,
 };
 

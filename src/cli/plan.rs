@@ -2,22 +2,27 @@
 
 use std::path::{Path, PathBuf};
 
+use anstyle::Style;
 use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::bundle;
 use crate::config::Settings;
-use crate::engine::{self, Count, Engine, Failure, HeldSlice, HolderRow, Kind, Outcome, Plan, Planned, Refusal};
+use crate::engine::{self, Count, Engine, Failure, HeldSlice, Kind, Occupier, Outcome, Plan, Planned, Refusal};
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{MigMode, Placement};
 use crate::hook;
 use crate::host::{self, Host};
 use crate::inventory::Standing;
-use crate::lease::{Holder, Way};
+use crate::lease::{self, Way};
 use crate::profile;
 use crate::report::{self, Exit};
 use crate::request::{self, Request, Want};
 use crate::shim;
+
+use super::holder::Holder;
+
+const BOLD: Style = Style::new().bold();
 
 /// Arguments of `migctl plan`.
 #[derive(Debug, clap::Args)]
@@ -46,6 +51,20 @@ pub(super) struct Answer {
     exit_code: u8,
     #[serde(flatten)]
     plan: Plan,
+    /// Who has something on the GPUs that may serve a request that does not fit.
+    holders: Vec<HolderRow>,
+}
+
+#[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+struct HolderRow {
+    #[serde(flatten)]
+    who: Holder,
+    state: Standing,
+    /// What it has.
+    slices: Vec<HeldSlice>,
+    /// What ends it, where migctl does.
+    command: Option<String>,
 }
 
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
@@ -69,7 +88,8 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
         check_nodes(settings, &plan)?;
     }
     let exit = plan.failure().map_or(Exit::Ok, |failure| report::exit_code(&failure.into()));
-    let answer = Answer { request: request.to_string(), exit_code: exit as u8, plan };
+    let holders = plan.holders.iter().map(holder_row).collect();
+    let answer = Answer { request: request.to_string(), exit_code: exit as u8, plan, holders };
     super::print(&answer, json, |answer| text(answer, &request))?;
     Ok(exit)
 }
@@ -82,7 +102,7 @@ fn request_of(settings: &Settings, file: &Path) -> Result<Request> {
         bail!(Failure::BadRequest(format!("{shown} asks for no slice: its container starts without one")));
     };
     let mut value = config.certain(&shown)?;
-    let mut holder = Holder::new(Way::Shim);
+    let mut holder = lease::Holder::new(Way::Shim);
     hook::describe(&mut holder, &value);
     hook::check(settings, &mut value, file.parent(), holder.cgroup.is_some(), Host::known_majors)?;
     Ok(request)
@@ -108,6 +128,14 @@ fn check_nodes(settings: &Settings, plan: &Plan) -> Result<()> {
     // Only names what is missing: nobody makes a node in a user namespace.
     engine::make_host_nodes(&host, &plan.existing, majors)?;
     hook::check_modes(settings, &engine::nodes_of(&host, &plan.existing, majors))
+}
+
+fn holder_row(holder: &Occupier) -> HolderRow {
+    let who = match &holder.lease {
+        Some(lease) => Holder::of(lease),
+        None => Holder { pid: holder.pid, ..Holder::default() },
+    };
+    HolderRow { who, state: holder.standing, slices: holder.slices.clone(), command: holder.command.clone() }
 }
 
 fn text(answer: &Answer, request: &Request) -> String {
@@ -155,8 +183,8 @@ fn refused(answer: &Answer, request: &Request) -> Vec<String> {
     let mut parts = vec![reasons(answer)];
     match plan.refusal.as_ref().map(|refusal| refusal.kind) {
         Some(Kind::NotOffered | Kind::NeverFits) => parts.extend([offer(plan), closed(plan)]),
-        Some(Kind::NoRoom | Kind::Fragmented) => parts.extend([room(plan), closed(plan), ends(plan)]),
-        Some(Kind::Held | Kind::InUse) => parts.push(ends(plan)),
+        Some(Kind::NoRoom | Kind::Fragmented) => parts.extend([room(answer), closed(plan), ends(answer)]),
+        Some(Kind::Held | Kind::InUse) => parts.push(ends(answer)),
         _ => {}
     }
     parts.extend(fits_now(plan, request));
@@ -211,12 +239,13 @@ fn offer(plan: &Plan) -> String {
 }
 
 /// Each GPU that may serve the request, with what is free and who holds the rest.
-fn room(plan: &Plan) -> String {
+fn room(answer: &Answer) -> String {
     let mut out = String::new();
-    for gpu in plan.gpus.iter().filter(|gpu| gpu.closed.is_none()) {
+    for gpu in answer.plan.gpus.iter().filter(|gpu| gpu.closed.is_none()) {
         let free = gpu.free_memory_slices.zip(gpu.memory_slices);
         let free = free.map(|(free, slices)| format!("  {free} of {slices} memory slices free")).unwrap_or_default();
-        out += &format!("GPU {}  {}{free}\n{}", gpu.index, gpu.name, super::table(&rows_on(plan, gpu.index)));
+        let title = super::styled(BOLD, &format!("GPU {}  {}", gpu.index, gpu.name));
+        out += &format!("{title}{free}\n{}", super::table(&rows_on(&answer.holders, gpu.index)));
     }
     out
 }
@@ -227,28 +256,22 @@ fn closed(plan: &Plan) -> String {
     closed.map(|closed| format!("{}\n", closed.sentence)).collect()
 }
 
-fn rows_on(plan: &Plan, gpu: u32) -> Vec<Vec<String>> {
-    let slices = plan.holders.iter().flat_map(|holder| holder.slices.iter().map(move |slice| (slice, holder)));
+fn rows_on(holders: &[HolderRow], gpu: u32) -> Vec<Vec<String>> {
+    let slices = holders.iter().flat_map(|holder| holder.slices.iter().map(move |slice| (slice, holder)));
     let mut here: Vec<(&HeldSlice, &HolderRow)> = slices.filter(|(slice, _)| slice.gpu_index == gpu).collect();
     here.sort_by_key(|(slice, _)| slice.placement);
     let row = |(slice, holder): &(&HeldSlice, &HolderRow)| {
-        vec![
-            format!("  {}", slice.profile),
-            at(slice.placement).trim_end().to_owned(),
-            name(holder),
-            holder.pid.map(|pid| format!("pid {pid}")).unwrap_or_default(),
-            holder.uid.filter(|_| holder.container.is_some()).map(|uid| format!("uid {uid}")).unwrap_or_default(),
-            holder.held_ms.map(super::duration).unwrap_or_default(),
-        ]
+        let place = at(slice.placement).trim_end().to_owned();
+        vec![format!("  {}", slice.profile), place, name(holder), holder.who.details()]
     };
     here.iter().map(row).collect()
 }
 
 /// Whose end would make it fit.
-fn ends(plan: &Plan) -> String {
-    let one = |n: &usize| plan.holders.get(*n).map(end).unwrap_or_default();
+fn ends(answer: &Answer) -> String {
+    let one = |n: &usize| answer.holders.get(*n).map(end).unwrap_or_default();
     let line = |set: &Vec<usize>| format!("  - {}\n", set.iter().map(one).collect::<Vec<_>>().join("\n    and "));
-    match plan.ends.as_slice() {
+    match answer.plan.ends.as_slice() {
         [] => String::new(),
         [set] => format!("It would fit after the end of\n{}", line(set)),
         sets => format!("It would fit after the end of one of\n{}", sets.iter().map(line).collect::<String>()),
@@ -259,24 +282,24 @@ fn ends(plan: &Plan) -> String {
 fn end(holder: &HolderRow) -> String {
     let slices = list(&holder.slices);
     let command = holder.command.as_ref().map(|command| format!(": {command}")).unwrap_or_default();
-    match holder.standing {
+    match holder.state {
         Standing::Foreign | Standing::Static | Standing::Reserved => format!("{slices}, {}{command}", name(holder)),
         _ => format!("{}, which has {slices}{command}", name(holder)),
+    }
+}
+
+fn name(holder: &HolderRow) -> String {
+    let who = holder.who.holder.clone().unwrap_or_else(|| "foreign".into());
+    match holder.state {
+        Standing::Releasing => format!("{who}, which has ended"),
+        Standing::Quarantined => format!("{who}, quarantined"),
+        _ => who,
     }
 }
 
 fn list(slices: &[HeldSlice]) -> String {
     let one = |s: &HeldSlice| format!("{} {}on GPU {}", s.profile, at(s.placement), s.gpu_index);
     slices.iter().map(one).collect::<Vec<_>>().join(" and ")
-}
-
-fn name(holder: &HolderRow) -> String {
-    let known: Vec<&str> = [&holder.given_name, &holder.engine].into_iter().flatten().map(String::as_str).collect();
-    match (holder.standing, known.is_empty()) {
-        (Standing::Foreign, _) => "foreign".into(),
-        (_, false) => format!("{} ({})", holder.name, known.join(", ")),
-        (_, true) => holder.name.clone(),
-    }
 }
 
 fn fits_now(plan: &Plan, request: &Request) -> Option<String> {

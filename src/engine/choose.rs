@@ -512,7 +512,7 @@ fn holder_of(held: &Held, leases: &[Lease]) -> String {
 }
 
 /// A lease's holder and how it stands with it, as `container web` or `kept`.
-pub(super) fn standing(lease: &Lease) -> String {
+fn standing(lease: &Lease) -> String {
     match (lease.state, lease.reserved_for) {
         (State::Static, Some(uid)) => format!("reserved for uid {uid}"),
         (State::Static, None) => "kept".into(),

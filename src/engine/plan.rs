@@ -7,15 +7,14 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::gpu::{Device, Instance, MigMode, Placement};
-use crate::host::{self, ProcessId};
+use crate::host;
 use crate::inventory::Standing;
-use crate::lease::{Lease, Slice, State, Verdict, Way};
-use crate::names;
+use crate::lease::{Lease, Slice, State, Verdict};
 use crate::placement::{self, Candidates, Choice, Policy, Room};
 use crate::profile;
 use crate::request::{Request, Want, format_wants};
 
-use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms, standing};
+use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
 use super::keep::take_vanished;
 use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, ToDestroy};
 
@@ -51,8 +50,9 @@ pub struct Plan {
     pub freed_first: Vec<Freed>,
     /// The GPUs that mig-hook manages, with what they offer to containers, less what would be freed first.
     pub gpus: Vec<GpuRoom>,
-    /// Who holds room on the GPUs that may serve the request, or is in the way otherwise.
-    pub holders: Vec<HolderRow>,
+    /// Who has something on the GPUs that may serve a request that does not fit.
+    #[serde(skip)]
+    pub holders: Vec<Occupier>,
     /// The smallest sets of holders whose end would make it fit, as positions in `holders`, those with the least memory
     /// first; each set is enough by itself. At most eight; none where none is known.
     pub ends: Vec<Vec<usize>>,
@@ -208,42 +208,21 @@ pub struct ProfileRoom {
     pub name: String,
     /// Its memory.
     pub memory_mib: u64,
-    /// How many more could be cut now, when nothing of another profile is.
-    pub free: Option<u32>,
+    /// How many more fit together now, when nothing of another profile is cut.
+    pub fits: Option<u32>,
     /// How many the GPU holds at most.
     pub total: u32,
 }
 
-/// Who has slices.
-#[derive(Debug, Serialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct HolderRow {
-    /// In words, as `container web`.
-    pub name: String,
+/// Somebody who has slices.
+#[derive(Debug)]
+pub struct Occupier {
+    /// Its lease, or the record that keeps the slices; none of a slice that mig-hook knows nothing of.
+    pub lease: Option<Lease>,
     /// How its slices stand.
     pub standing: Standing,
-    /// Token of the lease, or of the record that keeps it.
-    pub token: Option<String>,
-    /// Container id.
-    pub container: Option<String>,
-    /// The name that the container was given, where its engine's files tell it.
-    pub given_name: Option<String>,
-    /// `docker`, `podman`, `containerd` or `cri-o`, where that can be told.
-    pub engine: Option<String>,
-    /// Its pod in Kubernetes, as `NAMESPACE/POD`.
-    pub pod: Option<String>,
-    /// Image name, where the engine tells it.
-    pub image: Option<String>,
-    /// By which way in it came.
-    pub way: Option<Way>,
-    /// Its first process; before it has one, the process that asked for it; of a foreign slice, one that the driver lists.
+    /// A process that the driver lists in a slice that mig-hook knows nothing of.
     pub pid: Option<u32>,
-    /// Login uid of who asked; of a reserved slice, the user it is for.
-    pub uid: Option<u32>,
-    /// Milliseconds since 1970 when it came.
-    pub since_ms: Option<u64>,
-    /// How long ago that is.
-    pub held_ms: Option<u64>,
     /// What it has.
     pub slices: Vec<HeldSlice>,
     /// What ends it, where migctl does.
@@ -514,7 +493,7 @@ impl Engine<'_> {
         let on_usable = Scene { devices: usable, leases: scene.leases.clone() };
         let occupants = occupants(&on_usable);
         for occupant in &occupants {
-            plan.holders.push(self.holder_row(*occupant, scene)?);
+            plan.holders.push(self.occupier(*occupant, scene)?);
         }
         if plan.refusal.as_ref().is_some_and(|refusal| may_pass(refusal.kind)) {
             let one_gpu = request.alternatives.iter().all(|wants| wants.len() == 1);
@@ -602,32 +581,20 @@ impl Engine<'_> {
         Ok(false)
     }
 
-    fn holder_row(&self, occupant: Occupant<'_>, scene: &Scene) -> Result<HolderRow, Failure> {
+    fn occupier(&self, occupant: Occupant<'_>, scene: &Scene) -> Result<Occupier, Failure> {
         let lease = match occupant {
             Occupant::Lease(lease) => lease,
             Occupant::Foreign(device, instance) => {
                 let listed = self.gpu.processes(&device.uuid)?.into_iter().find(|p| p.instance == Some(instance.id));
-                return Ok(HolderRow {
-                    name: "not created by mig-hook".into(),
+                return Ok(Occupier {
+                    lease: None,
                     standing: Standing::Foreign,
-                    token: None,
-                    container: None,
-                    given_name: None,
-                    engine: None,
-                    pod: None,
-                    image: None,
-                    way: None,
                     pid: listed.map(|process| process.pid),
-                    uid: None,
-                    since_ms: None,
-                    held_ms: None,
                     slices: vec![foreign_slice(device, instance)],
                     command: Some(format!("migctl destroy {}/{}", device.index, instance.id)),
                 });
             }
         };
-        let holder = &lease.holder;
-        let process: Option<ProcessId> = holder.init.or(holder.owner).filter(|_| lease.state != State::Static);
         let slices: Vec<HeldSlice> = lease.slices.iter().map(held_slice).collect();
         let destroy = || {
             let mut places: Vec<String> =
@@ -635,14 +602,12 @@ impl Engine<'_> {
             places.dedup();
             format!("migctl destroy {}", places.join(" "))
         };
-        let bundle = holder.bundle.as_deref().zip(holder.container.as_deref());
-        let named = bundle.map(|(bundle, id)| names::look_up(bundle, id)).unwrap_or_default();
         // Whoever uses a kept slice has to end before it can be destroyed.
         let used = |other: &Lease| {
             other.state != State::Static && other.slices.iter().any(|s| lease.slices.iter().any(|own| own.shares(s)))
         };
-        Ok(HolderRow {
-            name: standing(lease),
+        Ok(Occupier {
+            lease: Some(lease.clone()),
             standing: match lease.state {
                 State::Pending | State::Active => Standing::Held,
                 State::Static if lease.reserved_for.is_some() => Standing::Reserved,
@@ -650,17 +615,7 @@ impl Engine<'_> {
                 State::Releasing => Standing::Releasing,
                 State::Quarantined => Standing::Quarantined,
             },
-            token: Some(lease.token.clone()),
-            container: holder.container.clone(),
-            given_name: named.name,
-            engine: named.engine,
-            pod: named.pod,
-            image: holder.image.clone(),
-            way: Some(holder.way),
-            pid: process.filter(|process| host::alive(*process)).map(|process| process.pid),
-            uid: lease.reserved_for.or(holder.uid),
-            since_ms: Some(lease.created_ms),
-            held_ms: Some(host::boot_ms().saturating_sub(lease.created_boot_ms)),
+            pid: None,
             command: match lease.state {
                 State::Static if !scene.leases.iter().any(used) => Some(destroy()),
                 State::Static => Some(format!("{}, when who uses it has ended", destroy())),
@@ -753,7 +708,7 @@ fn rooms_of(scene: &Scene, usable: &[Device], cordon: impl Fn(&Device) -> Option
                 .map(|profile| ProfileRoom {
                     name: profile.name.clone(),
                     memory_mib: profile.memory_mib,
-                    free: shown.then(|| placement::remaining(room, profile)),
+                    fits: shown.then(|| placement::remaining(room, profile)),
                     total: profile.max_instances,
                 })
                 .collect(),
