@@ -168,7 +168,7 @@ fn fits(answer: &Answer) -> String {
     for keeps in &plan.keeps {
         out += &match keeps.profiles.as_slice() {
             [] => format!("GPU {} is full then.\n", keeps.gpu_index),
-            profiles => format!("GPU {} keeps room for {}.\n", keeps.gpu_index, one_of(profiles)),
+            profiles => format!("GPU {} keeps room for {}.\n", keeps.gpu_index, counted(profiles, "or")),
         };
     }
     for passed in &plan.refused_alternatives {
@@ -269,8 +269,11 @@ fn rows_on(holders: &[HolderRow], gpu: u32) -> Vec<Vec<String>> {
 
 /// Whose end would make it fit.
 fn ends(answer: &Answer) -> String {
-    let one = |n: &usize| answer.holders.get(*n).map(end).unwrap_or_default();
-    let line = |set: &Vec<usize>| format!("  - {}\n", set.iter().map(one).collect::<Vec<_>>().join("\n    and "));
+    let line = |set: &Vec<usize>| {
+        let holders: Vec<&HolderRow> = set.iter().filter_map(|n| answer.holders.get(*n)).collect();
+        let parts: Vec<String> = holders.chunk_by(|a, b| are_foreign_on_one_gpu(a, b)).map(end).collect();
+        format!("  - {}\n", parts.join("\n    and "))
+    };
     match answer.plan.ends.as_slice() {
         [] => String::new(),
         [set] => format!("It would fit after the end of\n{}", line(set)),
@@ -278,14 +281,35 @@ fn ends(answer: &Answer) -> String {
     }
 }
 
-/// A holder with what it has, and what ends it.
-fn end(holder: &HolderRow) -> String {
+fn are_foreign_on_one_gpu(a: &HolderRow, b: &HolderRow) -> bool {
+    let gpu = |row: &HolderRow| row.slices.first().map(|slice| slice.gpu_index);
+    a.state == Standing::Foreign && b.state == Standing::Foreign && gpu(a) == gpu(b)
+}
+
+/// A holder with what it has, and what ends it; or several foreign slices of one GPU.
+fn end(holders: &[&HolderRow]) -> String {
+    let [holder] = holders else { return end_of_foreign(holders) };
     let slices = list(&holder.slices);
     let command = holder.command.as_ref().map(|command| format!(": {command}")).unwrap_or_default();
     match holder.state {
         Standing::Foreign | Standing::Static | Standing::Reserved => format!("{slices}, {}{command}", name(holder)),
         _ => format!("{}, which has {slices}{command}", name(holder)),
     }
+}
+
+/// `2x 1g.10gb and 3g.40gb on GPU 6, foreign: migctl destroy 6/7 6/8 6/2`.
+fn end_of_foreign(holders: &[&HolderRow]) -> String {
+    let slices: Vec<&HeldSlice> = holders.iter().flat_map(|holder| &holder.slices).collect();
+    let mut counts: Vec<Count> = Vec::new();
+    for slice in &slices {
+        match counts.iter_mut().find(|one| one.profile == slice.profile) {
+            Some(one) => one.count += 1,
+            None => counts.push(Count { profile: slice.profile.clone(), count: 1 }),
+        }
+    }
+    let gpu = slices.first().map_or(0, |slice| slice.gpu_index);
+    let places: Vec<String> = slices.iter().filter_map(|slice| Some(format!("{gpu}/{}", slice.gi?))).collect();
+    format!("{} on GPU {gpu}, foreign: migctl destroy {}", counted(&counts, "and"), places.join(" "))
 }
 
 fn name(holder: &HolderRow) -> String {
@@ -334,14 +358,14 @@ fn freed_first(plan: &Plan) -> Option<String> {
 }
 
 /// `4g.40gb, 2x 2g.20gb or 5x 1g.10gb`.
-fn one_of(counts: &[Count]) -> String {
+fn counted(counts: &[Count], conjunction: &str) -> String {
     let names: Vec<String> = counts
         .iter()
         .map(|one| if one.count == 1 { one.profile.clone() } else { format!("{}x {}", one.count, one.profile) })
         .collect();
     match names.split_last() {
         Some((last, [])) => last.clone(),
-        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+        Some((last, rest)) => format!("{} {conjunction} {last}", rest.join(", ")),
         None => String::new(),
     }
 }

@@ -54,7 +54,8 @@ pub struct Plan {
     #[serde(skip)]
     pub holders: Vec<Occupier>,
     /// The smallest sets of holders whose end would make it fit, as positions in `holders`, those with the least memory
-    /// first; each set is enough by itself. At most eight; none where none is known.
+    /// first; each set is enough by itself. At most eight; where there are too many to look at, one that has no holder to
+    /// spare; none where none is known.
     pub ends: Vec<Vec<usize>>,
     /// What would fit now instead: the largest profiles of which one slice does.
     pub fits_now: Vec<FitsNow>,
@@ -268,13 +269,13 @@ impl Engine<'_> {
         }
         // Under the lock: a lease that is Pending is a dead process's then.
         let lock = self.store.lock_existing(ACQUIRE_LOCK_WAIT)?;
-        let mut scene =
-            Scene { devices: Vec::new(), leases: if self.is_outlived()? { Vec::new() } else { self.leases()? } };
-        scene.devices = match self.managed_devices() {
+        let leases = if self.is_outlived()? { Vec::new() } else { self.leases()? };
+        let devices = match self.managed_devices() {
             Ok(devices) => devices,
             Err(Unmet::Refused(refusals)) => return Ok(plan.refused(request, refusals)),
             Err(Unmet::Failed(failure)) => return Err(failure),
         };
+        let mut scene = Scene { devices, leases };
         plan.freed_first = self.take_ended(&mut scene)?;
         take_vanished(&scene.devices, &mut scene.leases);
         let decided = self.decide(scene.devices.clone(), &scene.leases, request, uid, &[]);
