@@ -8,8 +8,8 @@
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
-//! pure       request  cut  profile  placement  lease  inventory  edits  cdi no file, no process, no clock
-//!            history  metrics
+//! pure       request  cut  profile  placement  lease  inventory  layout     no file, no process, no clock
+//!            mig_parted  edits  cdi  history  metrics
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
 //!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
@@ -55,9 +55,13 @@ pub mod host;
 #[cfg(feature = "engine")]
 pub mod inventory;
 #[cfg(feature = "engine")]
+pub mod layout;
+#[cfg(feature = "engine")]
 pub mod lease;
 #[cfg(feature = "engine")]
 pub mod metrics;
+#[cfg(feature = "engine")]
+pub mod mig_parted;
 #[cfg(feature = "engine")]
 pub mod names;
 #[cfg(feature = "engine")]

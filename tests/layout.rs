@@ -11,7 +11,10 @@ const ROWS: [(&str, &[&str], bool); 5] = [
     ("engine", &["engine"], false),
     (
         "pure",
-        &["request", "cut", "profile", "placement", "lease", "inventory", "edits", "cdi", "history", "metrics"],
+        &[
+            "request", "cut", "profile", "placement", "lease", "inventory", "layout", "mig_parted", "edits", "cdi",
+            "history", "metrics",
+        ],
         true,
     ),
     ("edges", &["gpu", "store", "host", "names", "bundle", "runtime", "config", "container", "cdi_file"], false),
