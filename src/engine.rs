@@ -23,13 +23,15 @@ mod choose;
 mod cordon;
 mod destroy;
 mod keep;
+mod layout;
 mod mode;
 mod offer;
 mod plan;
 
-pub use choose::{Kind, Refusal};
+pub use choose::{Kind, Refusal, managed};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
+pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};
 pub use plan::{
@@ -65,6 +67,17 @@ pub enum Failure {
     /// The lease is not, or no longer, what the caller thinks.
     #[error("{0}")]
     Stale(String),
+    /// A signal came; nothing, or not all, was done.
+    #[error("interrupted")]
+    Interrupted,
+    /// It failed in the middle.
+    #[error("{failure}; {undone}")]
+    RolledBack {
+        /// What failed.
+        failure: Box<Failure>,
+        /// What became of what had been done by then.
+        undone: String,
+    },
     /// The driver failed.
     #[error(transparent)]
     Gpu(#[from] GpuError),
@@ -251,9 +264,9 @@ impl<'a> Engine<'a> {
 
     fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease]) -> Result<(), Failure> {
         let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
-        if lease.slices[at].ours {
-            let shared = lease.slices[..at].iter().find(|s| s.shares(&lease.slices[at])).and_then(|s| s.gi);
-            let gi = match shared {
+        if lease.slices[at].step != Step::Whole {
+            let there = lease.slices[..=at].iter().filter(|s| s.shares(&lease.slices[at])).find_map(|s| s.gi);
+            let gi = match there {
                 Some(gi) => gi,
                 None => self.cut_instance(lock, lease, at)?,
             };

@@ -19,6 +19,7 @@ use crate::container::ContainerError;
 use crate::engine::Failure;
 use crate::gpu::GpuError;
 use crate::host::HostError;
+use crate::mig_parted::ConfigFault;
 use crate::request::RequestError;
 use crate::store::StoreError;
 
@@ -28,8 +29,8 @@ use crate::store::StoreError;
 pub enum Exit {
     /// Done, or nothing to do.
     Ok = 0,
-    /// `migctl doctor`: slices are given, but something should be mended.
-    Warnings = 1,
+    /// `migctl assert`: it is not so. `migctl doctor`: slices are given, but something should be mended.
+    NotSo = 1,
     /// Wrong command line.
     Usage = 64,
     /// The request or the config.json can't be understood, or no GPU here offers what it asks for.
@@ -46,6 +47,10 @@ pub enum Exit {
     NotAllowed = 77,
     /// The settings file is wrong.
     Config = 78,
+    /// SIGINT ended it.
+    Interrupted = 130,
+    /// SIGTERM ended it.
+    Terminated = 143,
 }
 
 /// The exit code for an error: that of the first cause in its chain that has one.
@@ -59,6 +64,8 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::BadRequest(_) => Exit::BadRequest,
             Failure::NotAllowed(_) => Exit::NotAllowed,
             Failure::NoRoom(_) | Failure::Stale(_) => Exit::NoRoom,
+            Failure::Interrupted => Exit::Interrupted,
+            Failure::RolledBack { failure, .. } => return code_of(failure.as_ref()),
             Failure::Host(host) => return code_of(host),
             Failure::Gpu(gpu) => return code_of(gpu),
             Failure::Store(store) => return code_of(store),
@@ -96,7 +103,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             ContainerError::Failed { .. } => Exit::Io,
         });
     }
-    if cause.is::<RequestError>() {
+    if cause.is::<RequestError>() || cause.is::<ConfigFault>() {
         return Some(Exit::BadRequest);
     }
     if let Some(config) = cause.downcast_ref::<ConfigError>() {

@@ -6,6 +6,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "verbs/apply.rs"]
+mod apply;
+#[path = "verbs/assert.rs"]
+mod assert;
 #[path = "verbs/cdi.rs"]
 mod cdi;
 #[path = "verbs/command_line.rs"]
@@ -19,6 +23,8 @@ mod configure;
 mod doctor;
 #[path = "verbs/documented.rs"]
 mod documented;
+#[path = "verbs/export.rs"]
+mod export;
 #[path = "verbs/gc.rs"]
 mod gc;
 #[path = "verbs/history.rs"]

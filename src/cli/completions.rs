@@ -1,7 +1,7 @@
 //! `migctl completions`: what makes a shell complete migctl's verbs, options and values.
 
 use anyhow::{Result, bail};
-use clap::{CommandFactory, ValueEnum};
+use clap::ValueEnum;
 
 use crate::report::{Exit, Misused};
 
@@ -30,7 +30,7 @@ pub(super) fn run(args: &Args, json: bool) -> Result<Exit> {
         Shell::Fish => clap_complete::Shell::Fish,
     };
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut super::Args::command(), "migctl", &mut script);
+    clap_complete::generate(shell, &mut super::command(), "migctl", &mut script);
     super::write(&script)?;
     Ok(Exit::Ok)
 }

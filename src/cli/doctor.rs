@@ -142,7 +142,7 @@ pub(super) fn run(config: Option<&Path>, args: &Args, json: bool) -> Result<Exit
     super::print(&report, json, text)?;
     Ok(match report.status {
         Status::Ok | Status::Skip => Exit::Ok,
-        Status::Warn => Exit::Warnings,
+        Status::Warn => Exit::NotSo,
         Status::Fail => Exit::Unavailable,
     })
 }

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 use serde::Serialize;
 
 use crate::config::Settings;
@@ -17,7 +16,7 @@ use crate::gpu::nvml::Nvml;
 use crate::lease::short;
 use crate::report::Exit;
 
-use super::{cordon, target};
+use super::{cordon, interrupt, target};
 
 /// Pause between two looks: each reads every lease and asks the driver.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -71,7 +70,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     for device in &gpus {
         engine.cordon(&device.uuid, Some(Cordon::now(reason.clone())))?;
     }
-    let signals = caught()?;
+    let signals = interrupt::held_back()?;
     let started = Instant::now();
     let mut interrupted = false;
     let rows = loop {
@@ -95,13 +94,6 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 fn look(engine: &Engine<'_>, device: &Device) -> Result<Row> {
     let (index, uuid, name) = (device.index, device.uuid.clone(), device.name.clone());
     Ok(Row { index, uuid, name, remaining: engine.occupants(device)? })
-}
-
-/// From here on the signals that end a person's command are read instead, so that the last word is ours.
-fn caught() -> Result<SignalFd> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
-    Ok(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
 }
 
 /// Waits for such a signal, at most so long.

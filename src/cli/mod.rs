@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::config::Settings;
@@ -22,18 +22,23 @@ use crate::store::Store;
 use habits::{Habit, Smi};
 
 mod adopt;
+mod apply;
+mod assert;
 mod cdi;
 mod completions;
+mod config_file;
 mod configure;
 mod cordon;
 mod create;
 mod destroy;
 mod doctor;
 mod drain;
+mod export;
 mod gc;
 mod habits;
 mod history;
 mod holder;
+mod interrupt;
 mod leases;
 mod list;
 mod mode;
@@ -46,13 +51,15 @@ mod target;
 
 /// Version of every verb's `--json` document.
 const JSON_VERSION: u32 = 1;
+/// The option that names the settings file, as clap knows it.
+const SETTINGS: &str = "config";
 
 /// See and free the MIG slices that containers hold, and make engines give them.
 #[derive(Debug, Parser)]
 #[command(name = "migctl", version, max_term_width = 100)]
 pub struct Args {
     /// Settings file [default: /etc/mig-hook/config.toml, which may be missing]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print a JSON document instead of text
     #[arg(long, global = true)]
@@ -95,6 +102,12 @@ enum Verb {
     History(history::Args),
     /// Print or write what monitoring wants to know, as OpenMetrics text
     Metrics(metrics::Args),
+    /// Make GPUs what a config of mig-parted says, changing only what differs
+    Apply(apply::Args),
+    /// Print the slices that there are as a config of mig-parted
+    Export(export::Args),
+    /// Check whether GPUs are what a config of mig-parted says
+    Assert(assert::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -118,7 +131,7 @@ pub fn main() -> ExitCode {
         Some(Habit::Smi(smi)) => return told(&smi, &words),
         None => {}
     }
-    let args = match Args::try_parse_from(argv) {
+    let args = match command().try_get_matches_from(argv).and_then(|matches| parsed(&matches)) {
         Ok(args) => args,
         Err(error) => {
             let _ = error.print();
@@ -147,6 +160,36 @@ fn told(smi: &Smi, words: &[String]) -> ExitCode {
     ExitCode::from(Exit::Usage as u8)
 }
 
+/// The command line. `--config FILE` is understood before a verb and after it, but for the verbs with a `--config` of their
+/// own: after these it is theirs.
+fn command() -> Command {
+    fn with(command: Command, settings: &Arg) -> Command {
+        command.mut_subcommands(|verb| {
+            let own = verb.get_arguments().any(|arg| arg.get_long() == Some("config"));
+            let verb = if own { verb } else { verb.arg(settings.clone()) };
+            with(verb, settings)
+        })
+    }
+    let command = Args::command();
+    let settings = command.get_arguments().find(|arg| arg.get_id() == SETTINGS).cloned();
+    match settings {
+        Some(settings) => with(command, &settings),
+        None => command,
+    }
+}
+
+/// What a command line says. Of several settings files the last one counts.
+fn parsed(matches: &ArgMatches) -> Result<Args, clap::Error> {
+    let mut args = Args::from_arg_matches(matches)?;
+    let mut below = matches.subcommand();
+    while let Some((_, matches)) = below {
+        let named = matches.try_get_one::<PathBuf>(SETTINGS).ok().flatten();
+        args.config = named.cloned().or(args.config);
+        below = matches.subcommand();
+    }
+    Ok(args)
+}
+
 fn run(args: &Args) -> Result<Exit> {
     let settings = || -> Result<Settings> {
         let settings = Settings::load(args.config.as_deref())?;
@@ -170,6 +213,9 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Mode(verb) => mode::run(&settings()?, verb, args.json),
         Verb::History(verb) => history::run(&settings()?, verb, args.json),
         Verb::Metrics(verb) => metrics::run(&settings()?, verb, args.json),
+        Verb::Apply(verb) => apply::run(&settings()?, verb, args.json),
+        Verb::Export(verb) => export::run(&settings()?, verb, args.json),
+        Verb::Assert(verb) => assert::run(&settings()?, verb, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),
@@ -322,11 +368,10 @@ mod schema;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Args::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

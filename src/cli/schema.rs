@@ -10,6 +10,10 @@ use serde_json::{Value, json};
 
 use super::*;
 use super::{Document, configure, gc, leases, list, plan, profiles, release};
+use super::{
+    Document, adopt, apply, assert, configure, cordon, create, destroy, drain, gc, leases, list, mode, profiles,
+    release, reserve,
+};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
@@ -22,6 +26,8 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("mode", schema::<mode::Answer>("mode")),
         ("reserve", schema::<reserve::Answer>("reserve")),
         ("uncordon", schema::<cordon::Answer>("uncordon")),
+        ("apply", schema::<apply::Answer>("apply")),
+        ("assert", schema::<assert::Answer>("assert")),
         ("configure", schema::<configure::Report>("configure")),
         ("doctor", schema::<doctor::Report>("doctor")),
         ("gc", schema::<gc::Report>("gc")),

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::config::Foreign;
+use crate::config::{Foreign, Settings};
 use crate::gpu::{Device, GpuError, Instance, MigMode};
 use crate::lease::{Lease, Slice, State};
 use crate::placement::{self, Choice, Held, NoPlace, Policy, Reason, Room, Window};
@@ -163,19 +163,7 @@ impl Engine<'_> {
     }
 
     fn managed(&self) -> Result<Vec<Device>, Unmet> {
-        let mut devices = self.gpu.devices()?;
-        if devices.is_empty() {
-            return Err(Refusal::new(Kind::NoGpu, "this machine has no NVIDIA GPU").into());
-        }
-        if let Some(managed) = &self.settings.gpus {
-            devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
-            if devices.is_empty() {
-                let names = managed.join(", ");
-                let why = format!("limits.gpus names no GPU of this machine: {names}");
-                return Err(Refusal::new(Kind::NotAllowed, why).into());
-            }
-        }
-        Ok(devices)
+        Ok(managed_of(self.settings, self.gpu.devices()?)?)
     }
 
     /// Refuses what the settings forbid, whatever is there.
@@ -429,6 +417,26 @@ pub(super) fn refused(no_place: &NoPlace, leases: &[Lease]) -> Refusal {
         Reason::Fragmented => Kind::Fragmented,
     };
     Refusal::new(kind, no_place.explain(|held| holder_of(held, leases)))
+}
+
+/// Those GPUs that the settings let us manage.
+pub fn managed(settings: &Settings, devices: Vec<Device>) -> Result<Vec<Device>, Failure> {
+    Ok(managed_of(settings, devices)?)
+}
+
+fn managed_of(settings: &Settings, mut devices: Vec<Device>) -> Result<Vec<Device>, Refusal> {
+    if devices.is_empty() {
+        return Err(Refusal::new(Kind::NoGpu, "this machine has no NVIDIA GPU"));
+    }
+    if let Some(managed) = &settings.gpus {
+        devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
+        if devices.is_empty() {
+            let names = managed.join(", ");
+            let why = format!("limits.gpus names no GPU of this machine: {names}");
+            return Err(Refusal::new(Kind::NotAllowed, why));
+        }
+    }
+    Ok(devices)
 }
 
 /// Those GPUs on which something may be placed: the one that is named, MIG on, not cordoned, not found unusable.

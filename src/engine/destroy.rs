@@ -100,8 +100,17 @@ impl Engine<'_> {
 
     /// Why a GPU instance should stay, if it should, with what ends the reason as far as known.
     pub fn why_not_destroy(&self, device: &Device, instance: &Instance) -> Result<Option<String>, Failure> {
+        self.why_held(&self.leases()?, device, instance)
+    }
+
+    /// The same with leases that were read already.
+    pub(super) fn why_held(
+        &self,
+        leases: &[Lease],
+        device: &Device,
+        instance: &Instance,
+    ) -> Result<Option<String>, Failure> {
         let name = name_of(device, instance);
-        let leases = self.leases()?;
         let holder =
             leases.iter().filter(|lease| lease.state != State::Static).find(|lease| is_of(lease, device, instance));
         if let Some(lease) = holder {
@@ -116,7 +125,8 @@ impl Engine<'_> {
         Ok(user.map(|pid| format!("{name} is in use by process {pid} ({})", host::process_name(pid))))
     }
 
-    fn destroy_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<Destroyed, Failure> {
+    /// Takes one away, whoever has it.
+    pub(super) fn destroy_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<Destroyed, Failure> {
         let mut holders = self.leases()?;
         holders.retain(|lease| is_of(lease, device, instance));
         let kept = holders.iter().position(|lease| lease.state == State::Static).map(|at| holders.remove(at));

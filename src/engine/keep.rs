@@ -98,7 +98,8 @@ impl Engine<'_> {
         Ok(pending)
     }
 
-    fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
+    /// Writes down what is to be cut, and cuts it.
+    pub(super) fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
         self.store.put(lock, &lease.token, lease)?;
         match self.cut(lock, lease, others) {
             Err((_, Failure::Gpu(GpuError::NotOffered(why)))) => return Err(Failure::BadRequest(why)),
@@ -285,6 +286,7 @@ impl Engine<'_> {
         Ok(())
     }
 
+    /// Slices that are there, with the minors that they have now.
     pub(super) fn with_minors(&self, mut slices: Vec<Slice>) -> Result<Vec<Slice>, Failure> {
         for slice in &mut slices {
             if let (Some(gi), Some(ci)) = (slice.gi, slice.ci) {
@@ -398,7 +400,7 @@ fn starting_at(mut devices: Vec<Device>, want: &Want, start: u32) -> Result<Vec<
 }
 
 /// What the audit tells of a record.
-fn kept(lease: &Lease) -> serde_json::Value {
+pub(super) fn kept(lease: &Lease) -> serde_json::Value {
     json!({"token": lease.token, "reserved_for": lease.reserved_for, "slices": audited(lease)})
 }
 

@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::gpu::{Activation, Device, GpuError, MigMode};
 use crate::host;
 use crate::lease::Way;
+use crate::store::Lock;
 
 use super::{Engine, Failure, audit, new_holder};
 
@@ -56,7 +57,11 @@ impl Engine<'_> {
 
     /// Turns the MIG mode of a GPU on or off. The driver's success says little: what counts is the mode read afterwards.
     pub fn set_mode(&self, gpu: &str, on: bool) -> Result<(Changed, Device), Failure> {
-        let _lock = self.lock_for_change()?;
+        self.set_mode_locked(&self.lock_for_change()?, gpu, on)
+    }
+
+    /// The same under a lock that is held already.
+    pub(super) fn set_mode_locked(&self, _lock: &Lock, gpu: &str, on: bool) -> Result<(Changed, Device), Failure> {
         let device = self.read(gpu)?;
         if let Some(why) = self.why_not_mode(&device, on) {
             return Err(why);
