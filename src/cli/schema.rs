@@ -9,11 +9,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::*;
-use super::{Document, configure, gc, leases, list, plan, profiles, release};
-use super::{
-    Document, adopt, apply, assert, configure, cordon, create, destroy, drain, gc, leases, list, mode, profiles,
-    release, reserve,
-};
 
 /// Every verb with a `--json` document of its own, and the type of that document.
 fn documents() -> BTreeMap<&'static str, Value> {
