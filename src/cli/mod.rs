@@ -44,6 +44,7 @@ mod list;
 mod metrics;
 mod mode;
 mod plan;
+mod mode;
 mod profiles;
 mod release;
 mod reserve;

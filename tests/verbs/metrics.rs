@@ -173,9 +173,7 @@ fn eventful() -> (World, Vec<Init>) {
     // A cordoned A100 with a lost slice; an H100 with MIG off.
     alive.push(live("lost", &on("2", "1g.10gb")));
     world.sim("destroy", &["--gpu", "2", "--gi", &gi("lost")]);
-    let cordon =
-        json!({lease("lost")["slices"][0]["gpu"].as_str().unwrap(): {"reason": "new fans", "since_ms": 1, "uid": 0}});
-    world.write("state/cordons.json", &cordon.to_string());
+    stdout(&world.migctl(&["cordon", "2"]));
     world.sim("mode", &["--gpu", "3", "off"]);
     world.sim("load", &["--gpu", "3", "--memory", "1024", "--ecc", "1"]);
     // An H100: a busy one, one that the driver does not let go, one that ended unseen.
