@@ -34,8 +34,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "GPU", requires = "request")]
     gpu: Option<String>,
     /// Whose container it would be [default: the caller's]: slices reserved for this user count
-    #[arg(long = "as", value_name = "USER|UID")]
-    user: Option<String>,
+    #[arg(long = "as", value_name = "USER|UID", value_parser = super::reserve::user)]
+    user: Option<u32>,
     /// Take the request, by annotation or environment, from an OCI config.json, and check its device rules too
     #[arg(long, value_name = "FILE", conflicts_with = "request")]
     file: Option<PathBuf>,
@@ -73,10 +73,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
         (None, Some(file)) => request_of(settings, file)?,
         (None, None) => bail!(Failure::BadRequest("there is no request to plan for".into())),
     };
-    let uid = match &args.user {
-        Some(user) => Some(uid_of(user)?),
-        None => host::user(std::process::id()),
-    };
+    let uid = args.user.or_else(|| host::user(std::process::id()));
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::look(settings, &nvml);
     let all_is_shown = settings.rootless.is_some() || nix::unistd::geteuid().is_root();
@@ -106,16 +103,6 @@ fn request_of(settings: &Settings, file: &Path) -> Result<Request> {
     hook::describe(&mut holder, &value);
     hook::check(settings, &mut value, file.parent(), holder.cgroup.is_some(), Host::known_majors)?;
     Ok(request)
-}
-
-fn uid_of(user: &str) -> Result<u32> {
-    if let Ok(uid) = user.parse() {
-        return Ok(uid);
-    }
-    match nix::unistd::User::from_name(user)? {
-        Some(user) => Ok(user.uid.as_raw()),
-        None => bail!(Failure::BadRequest(format!("there is no user {user:?}; give a name of this host, or a uid"))),
-    }
 }
 
 /// A user without root gets a slice that exists only where its nodes are there and their modes let that user open them.

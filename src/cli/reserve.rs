@@ -74,7 +74,7 @@ fn reserved(engine: &Engine<'_>, args: &Args) -> Result<Vec<Lease>> {
 }
 
 /// A user by number, or by name as this machine knows it.
-fn user(text: &str) -> Result<u32, String> {
+pub(super) fn user(text: &str) -> Result<u32, String> {
     if let Ok(uid) = text.parse() {
         return Ok(uid);
     }

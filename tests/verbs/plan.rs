@@ -5,11 +5,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use mig_hook::config::Settings;
-use mig_hook::cut;
-use mig_hook::engine::{Cordon, Engine};
-use mig_hook::gpu::Gpu;
-use mig_hook::gpu::nvml::Nvml;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::TestRunner;
@@ -43,22 +38,18 @@ fn more_settings(world: &World, more: &str) {
     world.settings(&format!("{more}\n[runtime]\npath = \"{}\"", world.path("rt/runc").display()));
 }
 
-/// What an administrator does beside containers, by the library.
-fn administer<T>(world: &World, act: impl FnOnce(&Engine<'_>, &Nvml) -> T) -> T {
-    let settings = Settings::load(Some(&world.config())).unwrap();
-    let nvml = Nvml::at(&settings.nvml);
-    act(&Engine::open(&settings, &nvml).unwrap(), &nvml)
-}
-
 fn keep(world: &World, slices: &str, uid: Option<u32>) -> bool {
-    administer(world, |engine, _| engine.create(&cut::parse(slices).unwrap(), None, None, uid).is_ok())
+    let uid = uid.map(|uid| uid.to_string());
+    let args = match &uid {
+        Some(uid) => vec!["reserve", slices, "--uid", uid],
+        None => vec!["create", slices],
+    };
+    world.migctl(&args).status.success()
 }
 
 fn cordon(world: &World, index: usize) {
-    administer(world, |engine, nvml| {
-        let cordon = Cordon { reason: Some("a fan is loud".into()), since_ms: 0, uid: None };
-        engine.cordon(&nvml.devices().unwrap()[index].uuid, Some(cordon)).unwrap()
-    });
+    let output = world.migctl(&["cordon", &index.to_string(), "--reason", "a fan is loud"]);
+    assert_eq!(code(&output), 0, "{}", text(&output));
 }
 
 /// Every file below a directory, with its content.
@@ -218,7 +209,7 @@ fn kept_reserved_and_cordoned() {
     assert_eq!(refused(&world, &["1g.6gb", "--gpu", "1"])["refusal"]["kind"], "cordoned");
     snapshot(&world, "plan-kept", &said);
     let nobody = world.migctl(&["plan", "1g.10gb", "--as", "no-such-user"]);
-    assert!(code(&nobody) == 65 && text(&nobody).contains("no user \"no-such-user\""), "{}", text(&nobody));
+    assert!(code(&nobody) == 64 && text(&nobody).contains("no-such-user"), "{}", text(&nobody));
 }
 
 #[test]
