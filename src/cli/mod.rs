@@ -44,7 +44,6 @@ mod list;
 mod metrics;
 mod mode;
 mod plan;
-mod mode;
 mod profiles;
 mod release;
 mod reserve;
