@@ -22,7 +22,7 @@ DIST := target/dist
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo test test-engines check bench install uninstall clean
+.PHONY: help deps build demo test test-engines check bench bench-queue install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,6 +57,9 @@ check: ## formatting, clippy, documentation, shell scripts
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench
+
+bench-queue: ## what waiting in line costs and wins, held against the reference figures (no GPU, no root)
+	$(CARGO) bench --quiet --locked --bench queue
 
 install: ## into $(DESTDIR)$(PREFIX); after make build
 	install -D -m 755 $(DIST)/migctl $(DESTDIR)$(BINDIR)/migctl

@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -28,6 +29,7 @@ struct Fragment {
     requests: RequestsFragment,
     log: LogFragment,
     cdi: CdiFragment,
+    queue: QueueFragment,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -86,8 +88,16 @@ struct CdiFragment {
     spec: Option<PathBuf>,
 }
 
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct QueueFragment {
+    overtakes: Option<u32>,
+    max_wait: Option<String>,
+    length: Option<u32>,
+}
+
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 20] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -105,6 +115,9 @@ const KEYS: [&str; 17] = [
     "log.socket",
     "log.audit_file",
     "cdi.spec",
+    "queue.overtakes",
+    "queue.max_wait",
+    "queue.length",
 ];
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
@@ -160,6 +173,12 @@ pub struct Settings {
     pub audit_file: Option<PathBuf>,
     /// The CDI spec that is kept true (`cdi.spec`); `None`: none is.
     pub cdi_spec: Option<PathBuf>,
+    /// How often later requests may start before one that waits (`queue.overtakes`); `None`: 8 for each GPU.
+    pub overtakes: Option<u32>,
+    /// Longest that a request may wait for room (`queue.max_wait`).
+    pub max_wait: Duration,
+    /// Requests that may wait at the same time (`queue.length`).
+    pub queue_length: u32,
     /// The uid outside of one who is root in a user namespace only: no setting. Then state is the user's own, and what is
     /// root's to write, audit file and CDI spec, is left out.
     pub rootless: Option<u32>,
@@ -251,7 +270,7 @@ impl Settings {
     }
 
     fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
-        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi } = fragment;
+        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi, queue } = fragment;
         let default = Settings::under(absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into()));
         let one_of = |key: &str, value: Option<String>, default: String, valid: &[&str]| match value {
             None => Ok(default),
@@ -284,6 +303,9 @@ impl Settings {
             log_socket: absolute("log.socket", log.socket)?.unwrap_or(default.log_socket),
             audit_file: roots(absolute("log.audit_file", log.audit_file)?),
             cdi_spec: roots(spec_file(absolute("cdi.spec", cdi.spec)?)?),
+            overtakes: queue.overtakes,
+            max_wait: queue.max_wait.as_deref().map(max_wait).transpose()?.unwrap_or(default.max_wait),
+            queue_length: queue.length.unwrap_or(default.queue_length),
         })
     }
 
@@ -308,6 +330,9 @@ impl Settings {
             log_socket: "/dev/log".into(),
             audit_file: None,
             cdi_spec: None,
+            overtakes: None,
+            max_wait: Duration::from_secs(3600),
+            queue_length: 1000,
             rootless: first::rootless(),
         }
     }
@@ -325,6 +350,11 @@ fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String>
         Some(p) if !p.is_absolute() => Err(format!("{key} = \"{}\" must be an absolute path", p.display())),
         other => Ok(other),
     }
+}
+
+fn max_wait(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|e| format!("queue.max_wait = \"{text}\" is no time, as 30s, 5m or 1h: {e}"))
 }
 
 /// Engines read nothing else in their CDI directories.
@@ -412,6 +442,8 @@ mod tests {
                 "requests.environment" | "requests.open_device_rules" => "true",
                 "log.level" => "\"debug\"",
                 "cdi.spec" => "\"/x.json\"",
+                "queue.overtakes" | "queue.length" => "0",
+                "queue.max_wait" => "\"90s\"",
                 _ => "\"/x\"",
             };
             Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
@@ -439,6 +471,7 @@ mod tests {
             ("limits.slices_per_container = 0", "at least 1"),
             ("slices.foreign = \"all\"", "idle"),
             ("cdi.spec = \"/etc/cdi/x\"", ".json"),
+            ("queue.max_wait = \"long\"", "as 30s, 5m or 1h"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

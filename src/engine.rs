@@ -27,6 +27,7 @@ mod layout;
 mod mode;
 mod offer;
 mod plan;
+mod wait;
 
 pub use choose::{Kind, Refusal, managed};
 pub use cordon::{Cordon, Cordons, Occupant};
@@ -38,6 +39,8 @@ pub use plan::{
     Alternative, Count, FitsNow, Freed, GpuRoom, HeldSlice, Keeps, Occupier, Outcome, Plan, Planned, ProfileRoom,
     Source,
 };
+use wait::Look;
+pub use wait::{CONTAINER_WAIT, Standing, tickets_in};
 
 /// Longest wait for the lock in acquire and reconcile.
 pub const ACQUIRE_LOCK_WAIT: Duration = Duration::from_secs(60);
@@ -189,7 +192,7 @@ impl<'a> Engine<'a> {
     /// Gives what `request` asks for to `holder`, all of it or nothing.
     pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
         let allowed = self.check_limits(request).map_err(Failure::from);
-        let outcome = allowed.and_then(|()| self.acquire_within_limits(request, holder));
+        let outcome = allowed.and_then(|()| self.acquire_in_turn(request, holder));
         match &outcome {
             Ok(lease) => audit_grant(request, lease),
             Err(failure) => audit_refusal(holder, Some(request), &failure.to_string()),
@@ -197,14 +200,14 @@ impl<'a> Engine<'a> {
         outcome
     }
 
-    fn acquire_within_limits(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+    fn acquire_at_once(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
         let deadline = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(20);
         loop {
-            let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+            let (lock, look) = self.lock_and_look(None)?;
             self.store.begin_boot(&lock, &host::boot_id()?)?;
             let busy = self.reap(&lock)?.iter().any(|action| action.result == "busy");
-            match self.acquire_locked(&lock, request, holder) {
+            match self.acquire_locked(&lock, request, holder, look) {
                 // What ended a moment ago may be about to make room: the driver lets go a little later.
                 Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
                 outcome => return outcome,
@@ -214,7 +217,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder, look: Look) -> Result<Lease, Failure> {
         let mut leases = self.leases()?;
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
@@ -222,12 +225,12 @@ impl<'a> Engine<'a> {
             let chosen = self.managed_devices().and_then(|devices| {
                 self.drop_vanished(lock, &devices, &mut leases)?;
                 self.publish(lock, &devices, &leases);
-                self.decide(devices, &leases, request, holder.uid, &unusable)
+                self.decide_in_turn(lock, devices, &leases, (request, holder), &unusable, look)
             });
-            let slices = match chosen {
+            let (slices, overtaken) = match chosen {
                 // What the driver said says more than that no GPU is left to try.
                 Err(unmet) => return Err(last.unwrap_or_else(|| unmet.into())),
-                Ok(chosen) => chosen.slices,
+                Ok((chosen, overtaken)) => (chosen.slices, overtaken),
             };
             let mut lease = self.new_lease(holder, slices)?;
             self.store.put(lock, &lease.token, &lease)?;
@@ -238,6 +241,7 @@ impl<'a> Engine<'a> {
                     lease.granted_boot_ms = Some(host::boot_ms());
                     self.store.put(lock, &lease.token, &lease)?;
                     self.index(lock, &lease)?;
+                    self.count_overtakes(lock, &overtaken)?;
                     return Ok(lease);
                 }
                 Err((gpu, failure)) => {
@@ -372,7 +376,10 @@ impl<'a> Engine<'a> {
         let mut pauses = RELEASE_PAUSES.iter();
         loop {
             let lock = match self.store.lock(RELEASE_LOCK_WAIT) {
-                Err(StoreError::Busy { .. }) => return Ok(Released::Announced),
+                Err(StoreError::Busy { .. }) => {
+                    self.store.ring();
+                    return Ok(Released::Announced);
+                }
                 lock => lock?,
             };
             let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Done) };
@@ -381,7 +388,10 @@ impl<'a> Engine<'a> {
             match (action.result, pauses.next()) {
                 ("freed", _) => return Ok(Released::Done),
                 ("busy", Some(pause)) => std::thread::sleep(*pause),
-                _ => return Ok(Released::Busy { reason: action.reason }),
+                _ => {
+                    self.store.ring();
+                    return Ok(Released::Busy { reason: action.reason });
+                }
             }
         }
     }
@@ -396,6 +406,7 @@ impl<'a> Engine<'a> {
             self.store.begin_boot(&lock, &host::boot_id()?)?;
             let mut actions = self.reap(&lock)?;
             actions.extend(self.look_afresh(&lock));
+            self.living_tickets(&lock)?;
             drop(lock);
             let busy = actions.iter().any(|action| action.result == "busy");
             if !busy || Instant::now() + pause > deadline {

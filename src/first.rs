@@ -345,7 +345,7 @@ pub fn asked(config: &[u8], env: bool) -> Asked {
 pub const SANDBOX_KEYS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 
 /// The variables that ask for a slice: the keys upper-cased, dots to underscores.
-pub const REQUEST_VARIABLES: [&str; 4] = ["MIG_PROFILE", "MIG_MEMORY", "MIG_GPU", "MIG_UUID"];
+pub const REQUEST_VARIABLES: [&str; 5] = ["MIG_PROFILE", "MIG_MEMORY", "MIG_GPU", "MIG_UUID", "MIG_WAIT"];
 
 #[derive(Deserialize)]
 struct Peek {

@@ -170,11 +170,15 @@ pub fn unwrap_environment() -> Vec<OsString> {
     numbered.into_iter().map(|(_, whole)| whole).collect()
 }
 
+/// A process as a descriptor, which becomes readable when it ends (pidfd_open(2), Linux 5.3).
+pub fn process(pid: u32) -> io::Result<File> {
+    // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
+    own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
 /// A copy of descriptor 2 of another process of ours (pidfd_getfd(2), Linux 5.6; needs ptrace rights on it).
 pub fn stderr_of(pid: u32) -> io::Result<File> {
-    // SAFETY: pidfd_open takes two integers and returns a new descriptor or -1.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let pidfd = own(pidfd)?;
+    let pidfd = process(pid)?;
     // SAFETY: pidfd_getfd takes three integers and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), 2, 0) };
     own(fd)

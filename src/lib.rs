@@ -8,8 +8,8 @@
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
-//! pure       request  cut  profile  placement  lease  inventory  layout     no file, no process, no clock
-//!            mig_parted  edits  cdi  history  metrics
+//! pure       request  cut  profile  placement  lease  queue  inventory      no file, no process, no clock
+//!            layout  mig_parted  edits  cdi  history  metrics
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
 //!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
@@ -68,6 +68,8 @@ pub mod names;
 pub mod placement;
 #[cfg(feature = "engine")]
 pub mod profile;
+#[cfg(feature = "engine")]
+pub mod queue;
 #[cfg(feature = "engine")]
 pub mod report;
 #[cfg(feature = "engine")]

@@ -5,7 +5,8 @@
 //! | `mig.profile` | `MIG_PROFILE` | `1g.10gb`; a list `1g.10gb,2g.20gb`; counts `2x1g.10gb`; alternatives in order `2g.20gb\|1g.20gb` |
 //! | `mig.memory` | `MIG_MEMORY` | a size, `8GiB`, instead of a profile; the same lists, counts and alternatives |
 //! | `mig.gpu` | `MIG_GPU` | the parent GPU of all slices: index, `GPU-…` or PCI address; beside a profile or a memory size |
-//! | `mig.uuid` | `MIG_UUID` | existing slices, a list of `MIG-…`; alone |
+//! | `mig.uuid` | `MIG_UUID` | existing slices, a list of `MIG-…`; without a GPU |
+//! | `mig.wait` | `MIG_WAIT` | how long to wait for room, `30s`, `5m` or `1h`; beside any of these |
 //!
 //! `|` binds weakest, then `,`, then the count. Spaces around the parts are ignored. In a pod, `mig.profile/NAME` is
 //! for the container of that name.
@@ -21,6 +22,10 @@ use crate::profile;
 const MAX_VALUE: usize = 256;
 /// Most slices in one alternative.
 const MAX_SLICES: usize = 64;
+/// Longest wait that is understood, in seconds: a week.
+const MAX_WAIT_S: u32 = 7 * 24 * 3600;
+/// Units of a wait, the largest first, in seconds.
+const WAIT_UNITS: [(&str, u32); 3] = [("h", 3600), ("m", 60), ("s", 1)];
 /// Most characters of a stranger's text in a message.
 const MAX_SHOWN: usize = 60;
 
@@ -33,6 +38,9 @@ pub struct Request {
     /// The GPU that all slices must come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuSelector>,
+    /// Seconds to wait for room at most; none: it is refused at once where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_s: Option<u32>,
 }
 
 /// One wanted slice.
@@ -121,11 +129,29 @@ impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = self.alternatives.iter().flatten().next().map_or(Key::Profile.annotation(), Want::key);
         write!(f, "{key}={}", format_alternatives(&self.alternatives))?;
-        match &self.gpu {
-            Some(gpu) => write!(f, " {}={gpu}", Key::Gpu.annotation()),
+        if let Some(gpu) = &self.gpu {
+            write!(f, " {}={gpu}", Key::Gpu.annotation())?;
+        }
+        match self.wait_s {
+            Some(seconds) => write!(f, " {}={}", Key::Wait.annotation(), format_wait(seconds)),
             None => Ok(()),
         }
     }
+}
+
+/// A time to wait as it is written in a request: `90s`, `5m`, `1h`.
+pub fn format_wait(seconds: u32) -> String {
+    let (unit, size) = WAIT_UNITS.into_iter().find(|(_, size)| seconds.is_multiple_of(*size)).unwrap_or(("s", 1));
+    format!("{}{unit}", seconds / size)
+}
+
+/// Seconds of a time as it is written in a request.
+pub fn parse_wait(text: &str) -> Option<u32> {
+    let (unit, size) = WAIT_UNITS.into_iter().find(|(unit, _)| text.ends_with(unit))?;
+    let number = text.strip_suffix(unit)?;
+    let plain = (1..=6).contains(&number.len()) && number.bytes().all(|b| b.is_ascii_digit());
+    let seconds = number.parse::<u32>().ok().filter(|_| plain)?.checked_mul(size)?;
+    (1..=MAX_WAIT_S).contains(&seconds).then_some(seconds)
 }
 
 /// Alternatives as they are written in a request: `2x1g.10gb,2g.20gb|3g.40gb`.
@@ -301,10 +327,11 @@ enum Key {
     Memory,
     Gpu,
     Uuid,
+    Wait,
 }
 
 impl Key {
-    const ALL: [Key; 4] = [Key::Profile, Key::Memory, Key::Gpu, Key::Uuid];
+    const ALL: [Key; 5] = [Key::Profile, Key::Memory, Key::Gpu, Key::Uuid, Key::Wait];
 
     fn annotation(self) -> &'static str {
         match self {
@@ -312,6 +339,7 @@ impl Key {
             Key::Memory => "mig.memory",
             Key::Gpu => "mig.gpu",
             Key::Uuid => "mig.uuid",
+            Key::Wait => "mig.wait",
         }
     }
 
@@ -321,6 +349,7 @@ impl Key {
             Key::Memory => "MIG_MEMORY",
             Key::Gpu => "MIG_GPU",
             Key::Uuid => "MIG_UUID",
+            Key::Wait => "MIG_WAIT",
         }
     }
 }
@@ -349,6 +378,7 @@ struct Asked<'a> {
     memory: Option<Entry<'a>>,
     gpu: Option<Entry<'a>>,
     uuid: Option<Entry<'a>>,
+    wait: Option<Entry<'a>>,
 }
 
 impl<'a> Asked<'a> {
@@ -359,6 +389,7 @@ impl<'a> Asked<'a> {
             Key::Memory => &mut self.memory,
             Key::Gpu => &mut self.gpu,
             Key::Uuid => &mut self.uuid,
+            Key::Wait => &mut self.wait,
         };
         match slot.replace(entry) {
             Some(before) if before.value != value => Err(before.conflict(&entry, "it is given twice with two values")),
@@ -367,16 +398,17 @@ impl<'a> Asked<'a> {
     }
 
     fn request(&self) -> Result<Option<Request>, RequestError> {
-        for entry in [self.profile, self.memory, self.gpu, self.uuid].into_iter().flatten() {
+        for entry in [self.profile, self.memory, self.gpu, self.uuid, self.wait].into_iter().flatten() {
             check_characters(&entry)?;
         }
         if let (Some(profile), Some(memory)) = (&self.profile, &self.memory) {
             return Err(profile.conflict(memory, "ask for a profile or for an amount of memory"));
         }
+        let wait_s = self.wait.as_ref().map(read_wait).transpose()?;
         if let Some(uuid) = &self.uuid {
             return match self.profile.or(self.memory).or(self.gpu) {
                 Some(other) => Err(uuid.conflict(&other, "an existing slice has its profile and its GPU already")),
-                None => Ok(Some(Request { alternatives: vec![parse_uuids(uuid)?], gpu: None })),
+                None => Ok(Some(Request { alternatives: vec![parse_uuids(uuid)?], gpu: None, wait_s })),
             };
         }
         let alternatives = match (&self.profile, &self.memory, &self.gpu) {
@@ -387,10 +419,15 @@ impl<'a> Asked<'a> {
                     gpu.error("it says only where; also ask for a profile (1g.10gb) or memory (8GiB)".to_owned())
                 );
             }
-            (None, None, None) => return Ok(None),
+            (None, None, None) => {
+                let nothing = |wait: &Entry<'_>| {
+                    wait.error("it says only how long; also ask for a profile (1g.10gb) or memory (8GiB)".to_owned())
+                };
+                return self.wait.as_ref().map_or(Ok(None), |wait| Err(nothing(wait)));
+            }
         };
         let gpu = self.gpu.as_ref().map(parse_gpu).transpose()?;
-        Ok(Some(Request { alternatives, gpu }))
+        Ok(Some(Request { alternatives, gpu, wait_s }))
     }
 }
 
@@ -509,6 +546,14 @@ fn parse_gpu(entry: &Entry<'_>) -> Result<GpuSelector, RequestError> {
             "'{}' names no GPU; write its index (0), its UUID (GPU-…) or its PCI address (0000:07:00.0), as nvidia-smi shows them",
             shown(text)
         ))
+    })
+}
+
+fn read_wait(entry: &Entry<'_>) -> Result<u32, RequestError> {
+    let text = entry.value.trim();
+    parse_wait(text).ok_or_else(|| {
+        let rule = "write a number and a unit: 30s, 5m or 1h, at most a week; leave it out to be refused at once";
+        entry.error(format!("'{}' is no time to wait; {rule}", shown(text)))
     })
 }
 
@@ -660,11 +705,13 @@ mod tests {
         let also = "each also as KEY/CONTAINER for one container of a pod";
         assert_eq!(
             refusal(&[("mig.profil", "1g.10gb")]),
-            format!("unknown annotation mig.profil; valid are mig.profile, mig.memory, mig.gpu, mig.uuid, {also}")
+            format!(
+                "unknown annotation mig.profil; valid are mig.profile, mig.memory, mig.gpu, mig.uuid, mig.wait, {also}"
+            )
         );
         assert!(refusal(&[("mig.uid", "x")]).contains("valid are mig.uuid, "));
         assert!(refusal(&[("mig.gpus/web", "x")]).contains("valid are mig.gpu, "));
-        for key in ["mig.wait", "mig.", "mig.Profile", "mig.lease/web", "mig.profile.x", "mig.\u{1b}[2J"] {
+        for key in ["mig.waits", "mig.", "mig.Profile", "mig.lease/web", "mig.profile.x", "mig.\u{1b}[2J"] {
             let text = refusal(&[(key, "30s")]);
             assert!(text.starts_with("unknown annotation mig."), "{text}");
             assert!(text.bytes().all(|b| !b.is_ascii_control()), "{text}");
@@ -717,6 +764,28 @@ mod tests {
     }
 
     #[test]
+    fn times_to_wait() {
+        let wait = |text: &str| annotations(&[("mig.profile", "1g.10gb"), ("mig.wait", text)]).map(|r| r.unwrap());
+        for (text, seconds, shown) in
+            [("30s", 30, "30s"), (" 5m ", 300, "5m"), ("120s", 120, "2m"), ("1h", 3600, "1h"), ("90m", 5400, "90m")]
+        {
+            let request = wait(text).unwrap();
+            assert_eq!((request.wait_s, format_wait(seconds).as_str()), (Some(seconds), shown), "{text}");
+        }
+        assert_eq!(wait("168h").unwrap().wait_s, Some(MAX_WAIT_S));
+        for text in
+            ["0s", "30", "s", "-1s", "+1s", "1.5m", "5 m", "5M", "1d", "169h", "9999999s", "999999h", "5min", "1h30m"]
+        {
+            let error = wait(text).unwrap_err().to_string();
+            assert!(error.contains("is no time to wait; write a number and a unit"), "{text}: {error}");
+        }
+        assert!(refusal(&[("mig.wait", "30s")]).contains("says only how long"));
+        assert!(refusal(&[("mig.gpu", "0"), ("mig.wait", "30s")]).contains("says only where"));
+        let named = annotations(&[("mig.uuid", &format!("MIG-{UUID}")), ("mig.wait", "30s")]).unwrap().unwrap();
+        assert_eq!(named.to_string(), format!("mig.uuid=MIG-{UUID} mig.wait=30s"));
+    }
+
+    #[test]
     fn a_selector_meets_its_gpu() {
         let device = Device {
             uuid: format!("GPU-{UUID}"),
@@ -757,7 +826,7 @@ mod tests {
     #[test]
     fn environment() {
         let request = from_env(["MIG_PROFILE=1g.10gb", "MIG_GPU=0", "MIG_WAIT=30s"].into_iter()).unwrap().unwrap();
-        assert_eq!(request.to_string(), "mig.profile=1g.10gb mig.gpu=0");
+        assert_eq!(request.to_string(), "mig.profile=1g.10gb mig.gpu=0 mig.wait=30s");
         assert!(from_env(["MIG_PROFILE=1g.10gb", "MIG_PROFILE=1g.10gb"].into_iter()).is_ok());
         let twice = from_env(["MIG_PROFILE=1g.10gb", "MIG_PROFILE=2g.20gb"].into_iter()).unwrap_err();
         assert_eq!(
@@ -781,17 +850,22 @@ mod tests {
             "[0-9A-F]{8}:[0-9A-F]{2}:[0-9A-F]{2}\\.[0-7]".prop_map(GpuSelector::Pci),
         ];
         let list = |want: BoxedStrategy<Want>| prop::collection::vec(prop::collection::vec(want, 1..4), 1..4);
-        let asked = (prop_oneof![list(profile.boxed()), list(memory.boxed())], prop::option::of(gpu))
-            .prop_map(|(alternatives, gpu)| Request { alternatives, gpu });
-        let uuid = prop::collection::hash_set("MIG-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", 1..5)
-            .prop_map(|set| Request { alternatives: vec![set.into_iter().map(Want::Uuid).collect()], gpu: None });
+        let wait = || prop::option::of(1..=MAX_WAIT_S);
+        let asked = (prop_oneof![list(profile.boxed()), list(memory.boxed())], prop::option::of(gpu), wait())
+            .prop_map(|(alternatives, gpu, wait_s)| Request { alternatives, gpu, wait_s });
+        let uuid = (prop::collection::hash_set("MIG-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", 1..5), wait());
+        let uuid = uuid.prop_map(|(set, wait_s)| Request {
+            alternatives: vec![set.into_iter().map(Want::Uuid).collect()],
+            gpu: None,
+            wait_s,
+        });
         prop_oneof![3 => asked, 1 => uuid]
     }
 
     proptest! {
         #[test]
         fn any_annotation_is_read_or_refused_in_a_clean_sentence(
-            key in "mig\\.(profile|memory|gpu|uuid|\\PC{0,80})(/\\PC{0,20})?",
+            key in "mig\\.(profile|memory|gpu|uuid|wait|\\PC{0,80})(/\\PC{0,20})?",
             value in any::<String>(),
             name in "\\PC{0,20}",
         ) {
@@ -804,7 +878,7 @@ mod tests {
 
         #[test]
         fn any_environment_is_read_or_refused(
-            vars in prop::collection::vec("(MIG_(PROFILE|MEMORY|GPU|UUID)=)?[ -~]{0,40}", 0..6),
+            vars in prop::collection::vec("(MIG_(PROFILE|MEMORY|GPU|UUID|WAIT)=)?[ -~]{0,40}", 0..6),
         ) {
             let _ = from_env(vars.iter().map(String::as_str));
         }

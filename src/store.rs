@@ -13,6 +13,10 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod line;
+
+pub use line::{Bell, Rung};
+
 /// The state directory.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -89,7 +93,7 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 impl Store {
     /// Opens the directory, making it (0700) where it is missing.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        for sub in ["", "leases", "index", "intents"] {
+        for sub in ["", "leases", "index", "intents", "queue"] {
             let path = dir.join(sub);
             match DirBuilder::new().recursive(sub.is_empty()).mode(0o700).create(&path) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io_error("create", &path)(e)),
@@ -173,7 +177,7 @@ impl Store {
             Some(kept) if kept == boot_id => return Ok(()),
             None => {}
             Some(_) => {
-                for sub in ["leases", "index", "intents"] {
+                for sub in ["leases", "index", "intents", "queue"] {
                     let dir = self.dir.join(sub);
                     for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
                         fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
@@ -191,10 +195,7 @@ impl Store {
 
     /// Writes a record, replacing what is there in one step.
     pub fn put<T: Serialize>(&self, lock: &Lock, token: &str, record: &T) -> Result<(), StoreError> {
-        let path = self.lease(token);
-        let mut text = serde_json::to_vec(record).map_err(|e| io_error("write", &path)(e.into()))?;
-        text.push(b'\n');
-        self.write(lock, &path, &text)
+        put_json(self, lock, &self.lease(token), record)
     }
 
     /// Every token that has a record, in name order.
@@ -212,23 +213,11 @@ impl Store {
 
     /// A record; `None` where there is none. One of an unknown version is an error, and stays.
     pub fn get<T: DeserializeOwned>(&self, token: &str, version: u64) -> Result<Option<T>, StoreError> {
-        let path = self.lease(token);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(io_error("read", &path)(e)),
-        };
-        let unreadable = |reason| StoreError::Unreadable { path: path.display().to_string(), reason };
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| unreadable(e.to_string()))?;
-        match value.get("version").and_then(serde_json::Value::as_u64) {
-            Some(v) if v == version => {}
-            Some(v) => return Err(unreadable(format!("has version {v}, this mig-hook reads version {version}"))),
-            None => return Err(unreadable("has no version".into())),
-        }
-        serde_json::from_value(value).map(Some).map_err(|e| unreadable(e.to_string()))
+        read_json(&self.lease(token), version)
     }
 
-    /// Removes a record with its intent and every index entry that names it. What is not there is fine.
+    /// Removes a record with its intent and every index entry that names it. What is not there is fine. Those who wait for
+    /// room are told.
     pub fn remove(&self, lock: &Lock, token: &str, index: Option<&str>) -> Result<(), StoreError> {
         if let Some(name) = index.filter(|name| self.indexed(name).as_deref() == Some(token)) {
             self.unlink(lock, &self.dir.join("index").join(name))?;
@@ -236,7 +225,9 @@ impl Store {
         // The record goes last: while it is there, what a killed run left is found.
         self.unlink(lock, &self.intent(token, "ready"))?;
         self.unlink(lock, &self.intent(token, "released"))?;
-        self.unlink(lock, &self.lease(token))
+        self.unlink(lock, &self.lease(token))?;
+        self.ring();
+        Ok(())
     }
 
     /// Lets a container be found by its index name (`first::index_name`).
@@ -261,11 +252,13 @@ impl Store {
         }
     }
 
-    /// Records which GPUs are closed to new holders.
+    /// Records which GPUs are closed to new holders. Those who wait for room are told.
     pub fn put_cordons<T: Serialize>(&self, lock: &Lock, cordons: &T) -> Result<(), StoreError> {
         let path = self.dir.join("cordons.json");
         let text = serde_json::to_vec(cordons).map_err(|e| io_error("write", &path)(e.into()))?;
-        self.write(lock, &path, &text)
+        self.write(lock, &path, &text)?;
+        self.ring();
+        Ok(())
     }
 
     fn intent(&self, token: &str, state: &str) -> PathBuf {
@@ -306,6 +299,30 @@ impl Store {
             _ => Ok(()),
         }
     }
+}
+
+/// Writes a record, replacing what is there in one step.
+fn put_json<T: Serialize>(store: &Store, lock: &Lock, path: &Path, record: &T) -> Result<(), StoreError> {
+    let mut text = serde_json::to_vec(record).map_err(|e| io_error("write", path)(e.into()))?;
+    text.push(b'\n');
+    store.write(lock, path, &text)
+}
+
+/// A record; `None` where there is none. One of an unknown version is an error.
+fn read_json<T: DeserializeOwned>(path: &Path, version: u64) -> Result<Option<T>, StoreError> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error("read", path)(e)),
+    };
+    let unreadable = |reason| StoreError::Unreadable { path: path.display().to_string(), reason };
+    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| unreadable(e.to_string()))?;
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(v) if v == version => {}
+        Some(v) => return Err(unreadable(format!("has version {v}, this mig-hook reads version {version}"))),
+        None => return Err(unreadable("has no version".into())),
+    }
+    serde_json::from_value(value).map(Some).map_err(|e| unreadable(e.to_string()))
 }
 
 /// Who holds a flock: /proc/locks names it by inode (`N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`).

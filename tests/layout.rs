@@ -17,6 +17,7 @@ const ROWS: [(&str, &[&str], bool); 5] = [
             "profile",
             "placement",
             "lease",
+            "queue",
             "inventory",
             "layout",
             "mig_parted",

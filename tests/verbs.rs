@@ -39,6 +39,8 @@ mod metrics;
 mod plan;
 #[path = "verbs/profiles.rs"]
 mod profiles;
+#[path = "verbs/queue.rs"]
+mod queue;
 #[path = "verbs/release.rs"]
 mod release;
 

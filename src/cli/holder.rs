@@ -77,8 +77,13 @@ fn sentence(lease: &Lease, named: &Named) -> String {
         let whom = lease.reserved_for.map(|uid| host::user_name(uid).unwrap_or_else(|| format!("uid {uid}")));
         return whom.map_or_else(|| "kept for anybody".to_owned(), |whom| format!("kept for {whom}"));
     }
+    called(named, lease.held_by())
+}
+
+/// `trainer (docker)`, or what it is called without an engine's files.
+pub(super) fn called(named: &Named, otherwise: String) -> String {
     let called = [named.pod.as_deref(), named.name.as_deref()].into_iter().flatten().collect::<Vec<_>>().join("/");
-    let who = if called.is_empty() { lease.held_by() } else { called };
+    let who = if called.is_empty() { otherwise } else { called };
     match &named.engine {
         Some(engine) => format!("{who} ({engine})"),
         None => who,

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::holder::Holder;
 use crate::config::Settings;
-use crate::engine::Cordons;
+use crate::engine::{Cordons, tickets_in};
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{ComputeInstance, Device, Engines, Gpu, GpuProcess, MigDevice, MigMode, Placement, Reading};
 use crate::host;
@@ -37,6 +37,8 @@ pub(super) struct Listing {
     privileged: bool,
     /// In the order of their PCI addresses.
     gpus: Vec<GpuRow>,
+    /// Requests that wait for room: see `migctl queue`.
+    waiting: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -129,14 +131,14 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let nvml = Nvml::at(&settings.nvml);
     let devices = super::visible(&nvml, args.gpu.as_ref())?;
     let leases = super::recorded(settings)?;
-    let cordons: Cordons = match Store::existing(&settings.state_dir) {
-        Some(store) => store.cordons()?,
-        None => Cordons::new(),
+    let (cordons, waiting) = match Store::existing(&settings.state_dir) {
+        Some(store) => (store.cordons()?, tickets_in(&store)?.len()),
+        None => (Cordons::new(), 0),
     };
     let privileged = nix::unistd::geteuid().is_root();
     let row = |gpu: &inventory::Gpu<'_>| gpu_row(gpu, &told_of(&nvml, gpu.device, privileged), &cordons);
     let gpus = inventory(&devices, &leases).iter().map(row).collect();
-    super::print(&Listing { driver_version: nvml.driver_version()?, privileged, gpus }, json, text)?;
+    super::print(&Listing { driver_version: nvml.driver_version()?, privileged, gpus, waiting }, json, text)?;
     Ok(Exit::Ok)
 }
 
@@ -269,9 +271,14 @@ const TITLES: [&str; 15] = [
 
 fn text(listing: &Listing) -> String {
     let gpus: Vec<String> = listing.gpus.iter().map(|gpu| gpu_text(gpu, listing.privileged)).collect();
+    let waiting = match listing.waiting {
+        0 => String::new(),
+        1 => "\none request waits for room: migctl queue\n".into(),
+        several => format!("\n{several} requests wait for room: migctl queue\n"),
+    };
     match gpus.is_empty() {
         true => "no NVIDIA GPU\n".into(),
-        false => gpus.join("\n"),
+        false => gpus.join("\n") + &waiting,
     }
 }
 

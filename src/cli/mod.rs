@@ -45,6 +45,7 @@ mod metrics;
 mod mode;
 mod plan;
 mod profiles;
+mod queue;
 mod release;
 mod reserve;
 mod target;
@@ -108,6 +109,8 @@ enum Verb {
     Export(export::Args),
     /// Check whether GPUs are what a config of mig-parted says
     Assert(assert::Args),
+    /// Show who waits for room and for what, or take one out of the line
+    Queue(queue::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -216,6 +219,7 @@ fn run(args: &Args) -> Result<Exit> {
         Verb::Apply(verb) => apply::run(&settings()?, verb, args.json),
         Verb::Export(verb) => export::run(&settings()?, verb, args.json),
         Verb::Assert(verb) => assert::run(&settings()?, verb, args.json),
+        Verb::Queue(verb) => queue::run(&settings()?, verb, args.json),
         // A CDI spec is JSON in any case.
         Verb::Cdi(verb) => cdi::run(&settings()?, verb),
         Verb::Configure(verb) => configure::run(&settings()?, verb, args.json),

@@ -31,6 +31,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("list", schema::<list::Listing>("list")),
         ("plan", schema::<plan::Answer>("plan")),
         ("profiles", schema::<profiles::Profiles>("profiles")),
+        ("queue", schema::<queue::Queue>("queue")),
         ("release", schema::<release::Answer>("release")),
     ])
 }

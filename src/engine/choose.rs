@@ -43,6 +43,8 @@ pub enum Kind {
     Fragmented,
     /// An administrator has closed the GPUs to new holders.
     Cordoned,
+    /// Others wait for it, who were overtaken as often as may be.
+    Barrier,
     /// The driver has just refused on every GPU.
     Failing,
 }
@@ -105,7 +107,7 @@ impl Kind {
             Kind::NotAllowed => Finality::Forbidden,
             Kind::NoGpu | Kind::MigOff | Kind::NotOffered | Kind::NeverFits | Kind::NoSuchSlice => Finality::Never,
             Kind::Held | Kind::Reserved | Kind::Foreign | Kind::InUse => Finality::Later,
-            Kind::NoRoom | Kind::Fragmented | Kind::Cordoned | Kind::Failing => Finality::Later,
+            Kind::NoRoom | Kind::Fragmented | Kind::Cordoned | Kind::Barrier | Kind::Failing => Finality::Later,
         }
     }
 }

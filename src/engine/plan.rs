@@ -524,7 +524,8 @@ impl Engine<'_> {
             {
                 continue;
             }
-            let one = Request { alternatives: vec![vec![Want::Profile(profile.name.clone())]], gpu: None };
+            let one =
+                Request { alternatives: vec![vec![Want::Profile(profile.name.clone())]], gpu: None, wait_s: None };
             if self.would_fit(&on_usable, &one, uid, &[], &users)? {
                 fitting.push(profile);
             }
