@@ -29,7 +29,7 @@ mod offer;
 mod plan;
 mod wait;
 
-pub use choose::{Kind, Refusal, managed};
+pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
 pub use layout::{Change, Target, Watch};

@@ -309,6 +309,16 @@ pub fn memory_slices(room: &Room<'_>) -> (u32, u32) {
     boards.first().map_or((0, 0), |board| (board.slices, board.free(board.state(&taken(room)).mask)))
 }
 
+/// The memory slices of a GPU that could still become a part of some slice, as a mask. Free ones beyond it are of no use as
+/// things stand: with seven `1g` on an eight-slice GPU no compute slice is left for the eighth.
+pub fn usable(room: &Room<'_>) -> u32 {
+    let boards = boards(std::slice::from_ref(room));
+    let state = boards.first().map(|board| board.state(&taken(room))).unwrap_or_default();
+    let allowed = room.device.profiles.iter().filter(|profile| state.allowance(profile) > 0);
+    let windows = allowed.flat_map(|profile| &profile.placements).filter_map(|at| window_mask(*at));
+    windows.filter(|window| window & state.mask == 0).fold(0, |all, window| all | window)
+}
+
 /// Why each choice of [`place`] was made, in a line, by what the policy weighs.
 pub fn reasons(rooms: &[Room<'_>], wants: &[Candidates<'_>], choices: &[Choice], policy: Policy) -> Vec<String> {
     let boards = boards(rooms);
@@ -998,6 +1008,14 @@ mod tests {
     }
 
     #[test]
+    fn free_memory_without_a_compute_slice_is_of_no_use() {
+        let ones: Vec<(&str, u32)> = (0..7).map(|start| ("1g.10gb", start)).collect();
+        assert_eq!(usable(&rooms(&[with(a100(0), &ones)])[0]), 0);
+        assert_eq!(usable(&rooms(&[with(a100(0), &ones[..6])])[0]), 0b1100_0000);
+        assert_eq!(usable(&rooms(&[with(a30(0), &[("2g.12gb", 0)])])[0]), 0b1100);
+    }
+
+    #[test]
     fn refusals_say_what_kind_they_are() {
         let full = [with(a100(0), &[("7g.80gb", 0)])];
         assert_eq!(refused(&full, &["1g.10gb"]).reason, Reason::NoRoom);
@@ -1259,6 +1277,20 @@ mod tests {
             if place_by(&devices, &as_strs(&names), policy).is_ok() {
                 let reasons = reasons_of(&devices, &as_strs(&names), policy);
                 prop_assert!(reasons.iter().all(|reason| !reason.is_empty()), "{:?}", reasons);
+            }
+        }
+
+        #[test]
+        fn a_slice_is_usable_when_something_can_be_cut_over_it(devices in node()) {
+            for room in rooms(&devices) {
+                let mut over = 0;
+                for profile in &room.device.profiles {
+                    for at in &profile.placements {
+                        let mut after = vec![room.device.clone()];
+                        over |= if create(&mut after, &room.device.uuid, &profile.name, *at) { at.mask() } else { 0 };
+                    }
+                }
+                prop_assert_eq!(usable(&room), over);
             }
         }
 

@@ -430,13 +430,11 @@ fn managed_of(settings: &Settings, mut devices: Vec<Device>) -> Result<Vec<Devic
     if devices.is_empty() {
         return Err(Refusal::new(Kind::NoGpu, "this machine has no NVIDIA GPU"));
     }
-    if let Some(managed) = &settings.gpus {
-        devices.retain(|d| managed.iter().any(|name| names_device(name, d)));
-        if devices.is_empty() {
-            let names = managed.join(", ");
-            let why = format!("limits.gpus names no GPU of this machine: {names}");
-            return Err(Refusal::new(Kind::NotAllowed, why));
-        }
+    devices.retain(|device| is_managed(settings, device));
+    if devices.is_empty() {
+        let names = settings.gpus.iter().flatten().cloned().collect::<Vec<_>>().join(", ");
+        let why = format!("limits.gpus names no GPU of this machine: {names}");
+        return Err(Refusal::new(Kind::NotAllowed, why));
     }
     Ok(devices)
 }
@@ -475,7 +473,7 @@ pub(super) fn usable(
 }
 
 /// The GPUs with what leases hold on them besides the instances that exist.
-pub(super) fn rooms<'a>(devices: &'a [Device], leases: &[Lease]) -> Vec<Room<'a>> {
+pub fn rooms<'a>(devices: &'a [Device], leases: &[Lease]) -> Vec<Room<'a>> {
     let room = |device: &'a Device| {
         let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|s| s.gpu == device.uuid);
         let window = |s: &Slice| Window { profile: Some(s.profile), placement: s.placement };
@@ -484,8 +482,10 @@ pub(super) fn rooms<'a>(devices: &'a [Device], leases: &[Lease]) -> Vec<Room<'a>
     devices.iter().map(room).collect()
 }
 
-fn names_device(name: &str, device: &Device) -> bool {
-    GpuSelector::parse(name).is_some_and(|selector| selector.matches(device))
+/// Whether the settings give that GPU to us (`limits.gpus`).
+pub fn is_managed(settings: &Settings, device: &Device) -> bool {
+    let names = |name: &String| GpuSelector::parse(name).is_some_and(|selector| selector.matches(device));
+    settings.gpus.as_ref().is_none_or(|managed| managed.iter().any(names))
 }
 
 pub(super) fn mode_sentence(device: &Device) -> String {
