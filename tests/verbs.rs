@@ -33,6 +33,8 @@ mod history;
 mod leases;
 #[path = "verbs/list.rs"]
 mod list;
+#[path = "verbs/map.rs"]
+mod map;
 #[path = "verbs/metrics.rs"]
 mod metrics;
 #[path = "verbs/plan.rs"]
@@ -43,6 +45,8 @@ mod profiles;
 mod queue;
 #[path = "verbs/release.rs"]
 mod release;
+#[path = "verbs/top.rs"]
+mod top;
 
 #[path = "verbs/adopt.rs"]
 mod adopt;

@@ -106,17 +106,18 @@ struct SliceRow {
     processes: Vec<ProcessRow>,
 }
 
-#[derive(Debug, Serialize)]
+/// A process on a slice.
+#[derive(Debug, Clone, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
-struct ProcessRow {
+pub(super) struct ProcessRow {
     /// Host pid.
-    pid: u32,
+    pub pid: u32,
     /// Its short name, as in ps.
-    name: String,
+    pub name: String,
     /// Its user, where this machine knows the name.
-    user: Option<String>,
+    pub user: Option<String>,
     /// GPU memory that it uses, where the driver tells.
-    memory_mib: Option<u64>,
+    pub memory_mib: Option<u64>,
 }
 
 /// What the driver tells of one GPU beside what is on it.
@@ -129,7 +130,7 @@ struct Told<'a> {
 
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
     let nvml = Nvml::at(&settings.nvml);
-    let devices = super::visible(&nvml, args.gpu.as_ref())?;
+    let devices = super::visible(&nvml, args.gpu.as_slice())?;
     let leases = super::recorded(settings)?;
     let (cordons, waiting) = match Store::existing(&settings.state_dir) {
         Some(store) => (store.cordons()?, tickets_in(&store)?.len()),
@@ -218,7 +219,8 @@ fn slice_row(slice: &Occupied<'_>, compute: Option<&ComputeInstance>, told: &Tol
     }
 }
 
-fn process_row(process: &GpuProcess) -> ProcessRow {
+/// A process as it is shown.
+pub(super) fn process_row(process: &GpuProcess) -> ProcessRow {
     ProcessRow {
         pid: process.pid,
         name: host::process_name(process.pid),

@@ -41,6 +41,7 @@ mod holder;
 mod interrupt;
 mod leases;
 mod list;
+mod map;
 mod metrics;
 mod mode;
 mod plan;
@@ -49,6 +50,7 @@ mod queue;
 mod release;
 mod reserve;
 mod target;
+mod top;
 
 /// Version of every verb's `--json` document.
 const JSON_VERSION: u32 = 1;
@@ -75,6 +77,10 @@ enum Verb {
     List(list::Args),
     /// Show the profiles that GPUs offer, and how many of each are free
     Profiles(profiles::Args),
+    /// Draw each GPU's memory slices, and who has them
+    Map(map::Args),
+    /// Watch the slices: the map, live, with memory, utilisation and processes
+    Top(top::Args),
     /// Show what is recorded of each holder
     Leases,
     /// Tell what a container with a request would get and where, or why it would get nothing
@@ -202,6 +208,11 @@ fn run(args: &Args) -> Result<Exit> {
     match &args.verb {
         Verb::List(verb) => list::run(&settings()?, verb, args.json),
         Verb::Profiles(verb) => profiles::run(&settings()?, verb, args.json),
+        Verb::Map(verb) => map::run(&settings()?, verb, args.json),
+        Verb::Top(verb) if verb.takes_the_screen(args.json) => {
+            top::run(&Settings::load(args.config.as_deref())?, verb, false)
+        }
+        Verb::Top(verb) => top::run(&settings()?, verb, args.json),
         Verb::Leases => leases::run(&settings()?, args.json),
         Verb::Plan(verb) => plan::run(&settings()?, verb, args.json),
         Verb::Release(verb) => release::run(&settings()?, verb, args.json),
@@ -305,16 +316,14 @@ fn is_number(cell: &str) -> bool {
 
 /// The GPUs as whoever asks may see them: where the driver hides instances, those that have a MIG device, without their
 /// placement.
-fn visible(gpu: &dyn Gpu, only: Option<&GpuSelector>) -> Result<Vec<Device>> {
+fn visible(gpu: &dyn Gpu, only: &[GpuSelector]) -> Result<Vec<Device>> {
     let mut devices = gpu.devices()?;
-    if let Some(wanted) = only {
+    if let Some(wanted) = only.iter().find(|wanted| !devices.iter().any(|device| wanted.matches(device))) {
         let present: Vec<String> = devices.iter().map(|d| format!("{} {}", d.label(), d.uuid)).collect();
-        devices.retain(|device| wanted.matches(device));
-        if devices.is_empty() {
-            let present = if present.is_empty() { "none".to_owned() } else { present.join(", ") };
-            return Err(Failure::BadRequest(format!("no GPU here is {wanted}; there is {present}")).into());
-        }
+        let present = if present.is_empty() { "none".to_owned() } else { present.join(", ") };
+        return Err(Failure::BadRequest(format!("no GPU here is {wanted}; there is {present}")).into());
     }
+    devices.retain(|device| only.is_empty() || only.iter().any(|wanted| wanted.matches(device)));
     for device in devices.iter_mut().filter(|device| device.is_closed()) {
         for mig in gpu.mig_devices(&device.uuid)? {
             add_instance(device, mig);

@@ -74,7 +74,7 @@ struct Offered {
 
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
     let nvml = Nvml::at(&settings.nvml);
-    let devices = super::visible(&nvml, args.gpu.as_ref())?;
+    let devices = super::visible(&nvml, args.gpu.as_slice())?;
     let leases = super::recorded(settings)?;
     let gpus = devices.iter().map(|device| offer(&nvml, device, &leases)).collect();
     super::print(&Profiles { gpus }, json, text)?;

@@ -32,7 +32,9 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("plan", schema::<plan::Answer>("plan")),
         ("profiles", schema::<profiles::Profiles>("profiles")),
         ("queue", schema::<queue::Queue>("queue")),
+        ("map", schema::<map::Map>("map")),
         ("release", schema::<release::Answer>("release")),
+        ("top", schema::<top::Frame>("top")),
     ])
 }
 
