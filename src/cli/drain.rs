@@ -1,12 +1,9 @@
 //! `migctl drain`: closes GPUs to new holders and waits until nobody is left on them. Ends nobody.
 
 use std::io::{IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signalfd::SignalFd;
 use serde::Serialize;
 
 use crate::config::Settings;
@@ -16,7 +13,8 @@ use crate::gpu::nvml::Nvml;
 use crate::lease::short;
 use crate::report::Exit;
 
-use super::{cordon, interrupt, target};
+use super::interrupt::Interrupt;
+use super::{cordon, target};
 
 /// Pause between two looks: each reads every lease and asks the driver.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -60,7 +58,7 @@ struct Row {
     remaining: Vec<Occupant>,
 }
 
-/// Ends with 75 when somebody is left.
+/// Ends with 75 when somebody is left, and with the code of a signal that ended the wait.
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
     let reason = cordon::checked(args.reason.as_deref())?;
     let nvml = Nvml::at(&settings.nvml);
@@ -70,41 +68,30 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     for device in &gpus {
         engine.cordon(&device.uuid, Some(Cordon::now(reason.clone())))?;
     }
-    let signals = interrupt::held_back()?;
+    let interrupt = Interrupt::begin()?;
     let started = Instant::now();
-    let mut interrupted = false;
+    let mut signal = None;
     let rows = loop {
         let rows = gpus.iter().map(|device| look(&engine, device)).collect::<Result<Vec<Row>>>()?;
         let left = args.wait.map_or(Some(PAUSE), |wait| wait.checked_sub(started.elapsed()));
         let Some(left) = left.filter(|left| !left.is_zero()) else { break rows };
-        if rows.iter().all(|row| row.remaining.is_empty()) || interrupted {
+        if rows.iter().all(|row| row.remaining.is_empty()) || signal.is_some() {
             break rows;
         }
         progress(&rows, started.elapsed());
-        interrupted = signalled(&signals, left.min(PAUSE))?;
+        signal = interrupt.wait(left.min(PAUSE));
     };
     clear_progress();
     let waited_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let answer = Answer { gpus: rows, waited_ms, interrupted };
+    let answer = Answer { gpus: rows, waited_ms, interrupted: signal.is_some() };
     super::print(&answer, json, text)?;
     let drained = answer.gpus.iter().all(|row| row.remaining.is_empty());
-    Ok(if drained { Exit::Ok } else { Exit::NoRoom })
+    Ok(if drained { Exit::Ok } else { signal.unwrap_or(Exit::NoRoom) })
 }
 
 fn look(engine: &Engine<'_>, device: &Device) -> Result<Row> {
     let (index, uuid, name) = (device.index, device.uuid.clone(), device.name.clone());
     Ok(Row { index, uuid, name, remaining: engine.occupants(device)? })
-}
-
-/// Waits for such a signal, at most so long.
-fn signalled(signals: &SignalFd, limit: Duration) -> Result<bool> {
-    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-    let limit = PollTimeout::try_from(limit.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-    match poll(&mut fds, limit) {
-        Ok(ready) => Ok(ready > 0),
-        Err(nix::errno::Errno::EINTR) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// One line on a terminal, written over again; nothing in a pipe.

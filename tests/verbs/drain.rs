@@ -85,7 +85,7 @@ fn an_interrupt_leaves_it_cordoned_and_says_so() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
     let output = child.wait_with_output().unwrap();
     let said = text(&output);
-    assert!(code(&output) == 75 && said.contains("interrupted; GPU 0") && said.contains("stays cordoned"), "{said}");
+    assert!(code(&output) == 130 && said.contains("interrupted; GPU 0") && said.contains("stays cordoned"), "{said}");
     assert!(cordoned(&world) && world.leases().len() == 1);
 }
 
