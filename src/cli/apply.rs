@@ -86,7 +86,7 @@ enum Outcome {
     Unchanged,
     /// It is so now.
     Changed,
-    /// It will be so after a reset of the GPU and, where MIG is to be on, the same apply once more.
+    /// It will be so after a reset and, where MIG is to be on, the same apply once more.
     Pending,
 }
 
@@ -107,7 +107,10 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
             Err((None, error)) => return Err(error),
         },
     };
-    let gpus: Vec<Row> = meant.targets.iter().zip(&changes).map(|(target, change)| row(target, change)).collect();
+    let waiting: Vec<u32> =
+        changes.iter().filter(|c| c.mig == MigMode::EnablePending).map(|c| c.device.index).collect();
+    let rows = meant.targets.iter().zip(&changes).map(|(target, change)| row(target, change, &waiting));
+    let gpus: Vec<Row> = rows.collect();
     let answer =
         Answer { config: config.name, dry_run: args.dry_run, gpus, unnamed: meant.unnamed, absent: meant.absent };
     super::print(&answer, json, text)?;
@@ -132,42 +135,43 @@ fn apply(engine: &Engine<'_>, targets: &[Target]) -> Result<Vec<Change>, (Option
     })
 }
 
-fn row(target: &Target, change: &Change) -> Row {
+/// `waiting`: GPUs whose MIG mode is on only after a reset. Until then no slice of any GPU is touched.
+fn row(target: &Target, change: &Change, waiting: &[u32]) -> Row {
     let device = &change.device;
     let stayed = |(instance, adopted): &(Instance, bool)| Stayed {
         slice: Shown::of_instance(device, instance),
         adopted: *adopted,
     };
-    let wanted = if target.mig { change.mig == MigMode::On } else { !matches!(change.mig, MigMode::On) };
-    let pending = matches!(change.mig, MigMode::EnablePending | MigMode::DisablePending) || !wanted;
+    let pending = matches!(change.mig, MigMode::EnablePending | MigMode::DisablePending);
     let same = change.destroyed.is_empty() && change.cut.is_empty() && change.mig == change.before;
-    let later = target
-        .names
-        .as_ref()
-        .filter(|names| change.cut.is_empty() && device.mig != MigMode::On && target.mig && !names.is_empty());
     let again = if target.mig { ", and then the same apply again" } else { "" };
+    let to_cut = target.names.as_ref().filter(|names| !names.is_empty() && target.mig);
+    let (outcome, next) = match (pending, waiting, to_cut) {
+        (true, ..) => {
+            let reset = format!("nvidia-smi --gpu-reset -i {}, which takes all slices of the GPU away", device.index);
+            (Outcome::Pending, Some(format!("{reset}; or a reboot{again}")))
+        }
+        (false, [_, ..], _) if target.names.is_some() => {
+            let others: Vec<String> = waiting.iter().map(u32::to_string).collect();
+            (Outcome::Pending, Some(format!("the same apply again, after the reset of GPU {}", others.join(", "))))
+        }
+        // Of a dry run: what a GPU offers is known once MIG is on.
+        (false, _, Some(names)) if device.mig != MigMode::On => {
+            (Outcome::Changed, Some(format!("with MIG on: {}, as far as it offers them", listed(names))))
+        }
+        _ if same => (Outcome::Unchanged, None),
+        _ => (Outcome::Changed, None),
+    };
     Row {
         index: device.index,
         uuid: device.uuid.clone(),
         name: device.name.clone(),
-        outcome: match (pending, same) {
-            (true, _) => Outcome::Pending,
-            (false, true) => Outcome::Unchanged,
-            (false, false) => Outcome::Changed,
-        },
+        outcome,
         mig: change.mig,
         stayed: change.stayed.iter().map(stayed).collect(),
         destroyed: change.destroyed.iter().map(|instance| Shown::of_instance(device, instance)).collect(),
         cut: change.cut.iter().filter_map(|slices| Shown::of_slices(slices)).collect(),
-        next: match (pending, later) {
-            (true, _) => Some(format!(
-                "nvidia-smi --gpu-reset -i {}, which takes all slices of the GPU away; or a reboot{again}",
-                device.index
-            )),
-            // Of a dry run: what a GPU offers is known with MIG on.
-            (false, Some(names)) => Some(format!("with MIG on: {}, as far as it offers them", listed(names))),
-            (false, None) => None,
-        },
+        next,
     }
 }
 

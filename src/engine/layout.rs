@@ -85,6 +85,8 @@ impl Engine<'_> {
             Ok(changes) => self.keep_all(&lock, changes),
         };
         self.look_afresh(&lock);
+        drop(lock);
+        self.store.ring(); // who waits for room may have it now
         outcome
     }
 

@@ -338,18 +338,18 @@ fn modes_are_turned_on_and_off_at_once_where_the_board_can() {
 
 #[test]
 fn a_mode_that_waits_for_a_reset_is_told_and_nothing_else_done() {
-    let world = World::with(&["a100-sxm4-80gb"], &["--mig", "off", "--seed", "apply"]);
+    let world = World::with(&["a100-sxm4-80gb", "h100-sxm-80gb"], &["--mig", "off", "--seed", "apply"]);
     let every = copied(&world, "every-board.yaml");
     let output = world.migctl(&["apply", &every, "--config", "all-balanced", "--json"]);
     assert_eq!(code(&output), 75, "{}", text(&output));
     let pending: Value = serde_json::from_slice(&output.stdout).unwrap();
     schema("apply", &pending);
-    assert_eq!(pending["gpus"][0]["outcome"], "pending");
+    assert_eq!([&pending["gpus"][0]["outcome"], &pending["gpus"][1]["outcome"]], ["pending", "pending"]);
     snapshot(&world, "apply-pending", &shown(&world, &["apply", &every, "--config", "all-balanced"]));
     assert_eq!(world.instances(), Vec::<Value>::new());
     world.sim("reset", &["--gpu", "0"]);
     document(&world, &["apply", &every, "--config", "all-balanced"]);
-    assert_eq!(layout(&world)[0].len(), 4);
+    assert_eq!(layout(&world).iter().map(Vec::len).collect::<Vec<_>>(), [4, 4]);
     let output = world.migctl(&["apply", &every, "--config", "all-disabled"]);
     assert_eq!(code(&output), 75, "{}", text(&output));
     assert_eq!(world.instances(), Vec::<Value>::new());
