@@ -174,9 +174,22 @@ fn refused(answer: &Answer, request: &Request) -> Vec<String> {
         Some(Kind::Held | Kind::InUse) => parts.push(ends(answer)),
         _ => {}
     }
+    parts.extend(line(plan));
     parts.extend(fits_now(plan, request));
     parts.retain(|part| !part.is_empty());
     parts
+}
+
+/// Who else waits for room, and whether this one would.
+fn line(plan: &Plan) -> Option<String> {
+    let others = match plan.in_line {
+        0 => None,
+        1 => Some("One waits in line for room, and comes first: migctl queue\n".to_owned()),
+        n => Some(format!("{n} wait in line for room, and come first: migctl queue\n")),
+    };
+    let own = plan.would_wait_s.map(|wait| format!("It would wait in line for up to {wait} s.\n"));
+    let both: String = [others, own].into_iter().flatten().collect();
+    (!both.is_empty()).then_some(both)
 }
 
 /// Why not, a line for each alternative; whose room it is comes below.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::gpu::{Device, Instance, MigMode, Placement};
 use crate::host;
 use crate::inventory::Standing;
-use crate::lease::{Lease, Slice, State, Verdict};
+use crate::lease::{Holder, Lease, Slice, State, Verdict, Way};
 use crate::placement::{self, Candidates, Choice, Policy, Room};
 use crate::profile;
 use crate::request::{Request, Want, format_wants};
@@ -57,7 +57,11 @@ pub struct Plan {
     /// first; each set is enough by itself. At most eight; where there are too many to look at, one that has no holder to
     /// spare; none where none is known.
     pub ends: Vec<Vec<usize>>,
-    /// What would fit now instead: the largest profiles of which one slice does.
+    /// How many wait in line for room (`migctl queue`): what is made is theirs first.
+    pub in_line: usize,
+    /// How long the request would wait in line before it is refused, by its `mig.wait` and the settings.
+    pub would_wait_s: Option<u64>,
+    /// What would fit now instead: the largest profiles of which one slice does. Not told while others wait for room.
     pub fits_now: Vec<FitsNow>,
 }
 
@@ -278,8 +282,10 @@ impl Engine<'_> {
         let mut scene = Scene { devices, leases };
         plan.freed_first = self.take_ended(&mut scene)?;
         take_vanished(&scene.devices, &mut scene.leases);
-        let decided = self.decide(scene.devices.clone(), &scene.leases, request, uid, &[]);
+        let holder = Holder { uid, ..Holder::new(Way::Shim) };
+        let (in_line, decided) = self.decide_at_the_end(scene.devices.clone(), &scene.leases, (request, &holder));
         drop(lock);
+        plan.in_line = in_line;
         let usable = self.usable_devices(scene.devices.clone(), request, &[]).unwrap_or_default();
         plan.gpus = self.gpu_rooms(&scene, &usable)?;
         match decided {
@@ -287,6 +293,9 @@ impl Engine<'_> {
             Err(Unmet::Failed(failure)) => return Err(failure),
             Err(Unmet::Refused(refusals)) => {
                 plan = plan.refused(request, refusals);
+                if plan.refusal.as_ref().is_some_and(|refusal| may_pass(refusal.kind)) {
+                    plan.would_wait_s = self.longest_wait(request, holder.way).map(|wait| wait.as_secs());
+                }
                 self.explain_refusal(&mut plan, request, &scene, usable, uid)?;
             }
         }
@@ -355,6 +364,8 @@ impl Engine<'_> {
             gpus: Vec::new(),
             holders: Vec::new(),
             ends: Vec::new(),
+            in_line: 0,
+            would_wait_s: None,
             fits_now: Vec::new(),
         }
     }
@@ -496,7 +507,9 @@ impl Engine<'_> {
         for occupant in &occupants {
             plan.holders.push(self.occupier(*occupant, scene)?);
         }
-        if plan.refusal.as_ref().is_some_and(|refusal| may_pass(refusal.kind)) {
+        // What others wait for, or what they keep closed, nobody's end opens.
+        let is_room_missing = !self.would_fit(&on_usable, request, uid, &[], &users)?;
+        if is_room_missing && plan.refusal.as_ref().is_some_and(|refusal| may_pass(refusal.kind)) {
             let one_gpu = request.alternatives.iter().all(|wants| wants.len() == 1);
             let groups = groups(&occupants, &on_usable.devices, one_gpu);
             let mut failed = None;
@@ -516,6 +529,9 @@ impl Engine<'_> {
             if let Some(failure) = failed {
                 return Err(failure);
             }
+        }
+        if plan.in_line > 0 {
+            return Ok(()); // what fits is for those who wait
         }
         let mut fitting = Vec::new();
         for profile in on_usable.devices.iter().flat_map(|device| &device.profiles) {

@@ -99,7 +99,7 @@ impl Engine<'_> {
     }
 
     /// `None`: it does not wait.
-    fn longest_wait(&self, request: &Request, way: Way) -> Option<Duration> {
+    pub(super) fn longest_wait(&self, request: &Request, way: Way) -> Option<Duration> {
         let bound = match way {
             Way::Precreate | Way::Shim | Way::Classic | Way::Cdi => CONTAINER_WAIT,
             Way::Create | Way::Adopt => Duration::ZERO, // migctl's own, which ask for nothing
@@ -255,13 +255,48 @@ impl Engine<'_> {
         }
         let mut survey = self.survey(&devices, leases, &tickets, &line, Some((own, unusable)));
         self.mark_turns(lock, &tickets, &survey, look)?;
+        self.turn_of(own, devices, &tickets, &line, &mut survey, unusable)
+    }
+
+    /// What one who does not wait would get at the end of the line, and how many stand in it. Leaves no trace.
+    pub(super) fn decide_at_the_end(
+        &self,
+        devices: Vec<Device>,
+        leases: &[Lease],
+        asked: (&Request, &Holder),
+    ) -> (usize, Result<Chosen, Unmet>) {
+        let tickets = match tickets_in(&self.store) {
+            Ok(tickets) if tickets.is_empty() => {
+                return (0, self.decide(devices, leases, asked.0, asked.1.uid, &[]));
+            }
+            Ok(tickets) => tickets,
+            Err(failure) => return (0, Err(failure.into())),
+        };
+        let own = tickets.len();
+        let line: Vec<(&Request, &Holder)> =
+            tickets.iter().map(|t| (&t.request, &t.holder)).chain(std::iter::once(asked)).collect();
+        let mut survey = self.survey(&devices, leases, &tickets, &line, Some((own, &[])));
+        let turn = self.turn_of(own, devices, &tickets, &line, &mut survey, &[]);
+        (own, turn.map(|(chosen, _)| chosen))
+    }
+
+    /// What the one at that place gets, and whom it overtakes by that.
+    fn turn_of(
+        &self,
+        own: usize,
+        devices: Vec<Device>,
+        tickets: &[Ticket],
+        line: &[(&Request, &Holder)],
+        survey: &mut Survey,
+        unusable: &[(String, String)],
+    ) -> Result<(Chosen, Vec<u64>), Unmet> {
         if let Turn::Now(gpus) = &survey.line.turns[own]
             && let Some(Ok(chosen)) = survey.decisions[own].take()
         {
             let passed = survey.line.passed_over(&survey.waiters, own, gpus);
             return Ok((chosen, passed.into_iter().map(|at| tickets[at].number).collect()));
         }
-        Err(self.why_not(devices, &tickets, &line, &mut survey, own, unusable))
+        Err(self.why_not(devices, tickets, line, survey, own, unusable))
     }
 
     /// Records that those have been overtaken.

@@ -9,10 +9,10 @@ use crate::common::{World, binaries, config, text, wait_for};
 use crate::{asked, code, document, schema, shown, snapshot, stdout};
 
 /// podman's precreate hook, waiting; killed in the end.
-struct Waiting(Child);
+pub struct Waiting(Child);
 
 impl Waiting {
-    fn start(world: &World, profile: &str) -> Waiting {
+    pub fn start(world: &World, profile: &str) -> Waiting {
         let before = document(world, &["queue"])["waiting"].as_array().unwrap().len();
         let config = world.write("asked", &config(json!({"mig.profile": profile, "mig.wait": "20s"}), &[]).to_string());
         let mut command = Command::new(binaries().join("mig-hook"));
