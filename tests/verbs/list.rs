@@ -167,7 +167,7 @@ fn a_user_sees_mig_devices_without_their_placement() {
     let open = run(Command::new("chmod").args(["-R", "a+rX"]).arg(&dir));
     assert!(open.status.success(), "{}", text(&open));
     let program = world.path("migctl");
-    std::fs::copy(binaries().join("migctl"), &program).unwrap();
+    assert!(run(Command::new("cp").arg(binaries().join("migctl")).arg(&program)).status.success());
     let as_user = |args: &[&str]| {
         let mut command = Command::new(&program);
         run(command.arg("--config").arg(world.config()).args(args).uid(65534).gid(65534))

@@ -256,7 +256,8 @@ fn a_user_sees_what_runs_where_the_driver_hides_the_places() {
     let dir = world.path("m").parent().unwrap().to_owned();
     assert!(run(Command::new("chmod").args(["-R", "a+rX"]).arg(&dir)).status.success());
     let program = world.path("migctl");
-    std::fs::copy(binaries().join("migctl"), &program).unwrap();
+    // By another process: what a test beside this one forks would have it open for writing, and then nobody can run it.
+    assert!(run(Command::new("cp").arg(binaries().join("migctl")).arg(&program)).status.success());
     let as_user = |args: &[&str]| {
         let mut command = Command::new(&program);
         stdout(&run(command.arg("--config").arg(world.config()).args(args).uid(65534).gid(65534)))
