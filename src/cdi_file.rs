@@ -20,16 +20,18 @@ pub fn publish(path: &Path, text: Option<&str>, is_ours: fn(&str) -> bool) -> io
         return Err(io::Error::other("what is there is not a CDI spec of mig-hook; name another file"));
     }
     match text {
-        Some(text) => replace(path, text)?,
+        Some(text) => {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?; // /etc/cdi is not there before the first one
+            replace(path, text)?;
+        }
         None => fs::remove_file(path)?,
     }
     Ok(true)
 }
 
-/// Makes `text` the content of a file that others read (0644), in one step; makes its directory, too.
+/// Makes `text` the content of a file that others read (0644), in one step.
 pub fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
     // No .json or .prom at the end: engines and node_exporter would read it.
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let _ = fs::remove_file(&temporary); // of an earlier process with our pid

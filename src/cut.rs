@@ -61,6 +61,8 @@ pub fn packed(wants: &[Want]) -> Vec<Cut> {
             None => cuts.push(Cut { want: whole, computes: vec![compute] }),
         }
     }
+    // The larger first: a 2c starts at compute slice 0 only.
+    cuts.iter_mut().for_each(|cut| cut.computes.sort_unstable_by_key(|slices| std::cmp::Reverse(*slices)));
     cuts
 }
 
@@ -81,7 +83,7 @@ mod tests {
     #[test]
     fn compute_instances_share_a_gpu_instance_while_they_fit() {
         assert_eq!(shown("4x1c.3g.40gb"), ["1c.3g.40gb,1c.3g.40gb,1c.3g.40gb", "1c.3g.40gb"]);
-        assert_eq!(shown("1c.3g.40gb,3g.40gb,2c.3g.40gb"), ["1c.3g.40gb,2c.3g.40gb", "3g.40gb"]);
+        assert_eq!(shown("1c.3g.40gb,3g.40gb,2c.3g.40gb"), ["2c.3g.40gb,1c.3g.40gb", "3g.40gb"]);
         assert_eq!(shown("3c.3g.40gb"), ["3g.40gb"], "all of it is a plain slice");
         assert_eq!(shown("2c.3g.40gb,2c.4g.40gb"), ["2c.3g.40gb", "2c.4g.40gb"]);
     }

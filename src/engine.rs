@@ -463,7 +463,7 @@ impl<'a> Engine<'a> {
     /// A shim's lease learns its init from the pid file that the runtime wrote. True when it did.
     fn learn_init(&self, lease: &mut Lease) -> bool {
         let holder = &mut lease.holder;
-        if lease.state != State::Active || holder.init.is_some() {
+        if !matches!(lease.state, State::Active | State::Quarantined) || holder.init.is_some() {
             return false;
         }
         let Some(file) = written_pid_file(holder) else { return false };
@@ -671,7 +671,7 @@ impl<'a> Engine<'a> {
 
     fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
         if lease.reserved_for.is_some() {
-            self.open_nodes(lease)?;
+            self.open_nodes_or_warn(lease);
         }
         self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
         audit_release(lease);

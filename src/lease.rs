@@ -349,6 +349,10 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
         State::Quarantined if facts.held || facts.init == Init::Alive => {
             return Verdict::Keep("quarantined, and still held by a process");
         }
+        // Its create may be under way: the container that comes of it has these minors.
+        State::Quarantined if facts.init == Init::Unknown && is_awaited(lease, facts) => {
+            return Verdict::Keep("quarantined, and its container is being created");
+        }
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
         State::Static => return Verdict::Keep("kept until migctl destroys it"),
         State::Active if facts.announced => return Verdict::Free("its container has ended"),
@@ -361,16 +365,16 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
             Verdict::Keep("init is dead, but a process of its cgroup or with its devices open lives")
         }
         Init::Dead => Verdict::Free("its container is gone"),
-        // The owner of a shim's lease becomes the runtime itself: while it lives, `create` is under way.
-        Init::Unknown if facts.owner_alive && lease.holder.way == Way::Shim => {
-            Verdict::Keep("its container is being created")
-        }
-        Init::Unknown if facts.owner_alive && facts.age_ms <= UNBOUND_LIMIT_MS => {
-            Verdict::Keep("its container is being created")
-        }
+        Init::Unknown if is_awaited(lease, facts) => Verdict::Keep("its container is being created"),
         Init::Unknown if facts.owner_alive => Verdict::Free("no container was started with it for 120 s"),
         Init::Unknown => Verdict::Free("the process that asked for it died before a container was started"),
     }
+}
+
+/// Whether a container may yet come of a lease that has none. The owner of a shim's lease becomes the runtime itself: while
+/// it lives, `create` is under way.
+fn is_awaited(lease: &Lease, facts: Facts) -> bool {
+    facts.owner_alive && (lease.holder.way == Way::Shim || facts.age_ms <= UNBOUND_LIMIT_MS)
 }
 
 #[cfg(test)]
@@ -444,6 +448,10 @@ pub(crate) mod tests {
             (State::Quarantined, Way::Shim, true, false, Dead, true, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Alive, false, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Dead, false, true, 0, 'F'),
+            (State::Quarantined, Way::Shim, false, true, Unknown, false, true, 999_999, 'K'),
+            (State::Quarantined, Way::Precreate, false, true, Unknown, false, true, 120_000, 'K'),
+            (State::Quarantined, Way::Precreate, false, true, Unknown, false, true, 120_001, 'F'),
+            (State::Quarantined, Way::Shim, false, false, Unknown, false, true, 0, 'F'),
             (State::Active, Way::Precreate, true, true, Alive, true, true, 0, 'F'),
             (State::Active, Way::Precreate, false, false, Alive, true, true, 999_999, 'K'),
             (State::Active, Way::Precreate, false, true, Alive, true, false, 0, 'K'),

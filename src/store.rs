@@ -113,9 +113,13 @@ impl Store {
         Store { dir: dir.to_owned() }
     }
 
-    /// An existing directory, to read from. `None` where there is no state yet.
-    pub fn existing(dir: &Path) -> Option<Store> {
-        dir.join("leases").is_dir().then(|| Store { dir: dir.to_owned() })
+    /// An existing directory, to read from. `None` where there is no state yet; an error where we may not look.
+    pub fn existing(dir: &Path) -> Result<Option<Store>, StoreError> {
+        match dir.join("leases").metadata() {
+            Ok(_) => Ok(Some(Store { dir: dir.to_owned() })),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error("look at", dir)(e)),
+        }
     }
 
     /// The process that has the lock at this moment, as far as /proc/locks names it. Takes nothing.

@@ -410,6 +410,30 @@ fn a_ticket_of_another_version_stops_everything() {
 }
 
 #[test]
+fn a_dead_ticket_of_another_version_is_taken_out() {
+    let world = World::new(&[A30]);
+    assert!(world.migctl(&["gc"]).status.success());
+    let ticket = world.write("state/queue/7.json", r#"{"version":2}"#);
+    let bell = world.path("state/queue/7.bell"); // which nobody has open
+    assert!(std::process::Command::new("mkfifo").arg(bell).status().unwrap().success());
+    assert!(precreate(&world, "1g.6gb", None).status.success());
+    assert!(!ticket.exists());
+}
+
+#[test]
+fn what_is_reserved_for_another_user_is_nothing_to_wait_for() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.settings("[queue]\novertakes = 0");
+    assert!(world.migctl(&["reserve", "3g.40gb", "--uid", "4242"]).status.success());
+    assert!(world.migctl(&["create", "4x1g.10gb"]).status.success());
+    let waits = Asking::in_line(&world, "3g.40gb", "20s", 1);
+    let output = precreate(&world, "1g.10gb", None);
+    assert!(output.status.success(), "one who can never be served there bars nobody: {}", text(&output));
+    assert_eq!(world.document(&["queue", "cancel", "1"])["cancelled"], 1);
+    waits.refused(SOON);
+}
+
+#[test]
 fn fifty_six_waiters_on_two_gpus_are_all_served() {
     const WAITERS: usize = 56;
     let world = World::new(&[A30, A30]);

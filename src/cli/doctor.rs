@@ -14,7 +14,6 @@ use crate::config::Settings;
 use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
 use crate::report::{self, Exit, Misused};
-use crate::store::Store;
 
 mod driver;
 mod engines;
@@ -117,7 +116,7 @@ pub(super) fn run(config: Option<&Path>, args: &Args, json: bool) -> Result<Exit
     report::start_logging(&Settings { level: "error".into(), ..settings.clone() }, true);
 
     let nvml = Nvml::at(&settings.nvml);
-    let store = Store::existing(&settings.state_dir);
+    let store = super::readable_state(&settings).ok().flatten();
     let leases = store.as_ref().and_then(|store| leases_in(store).ok()).unwrap_or_default();
     let gpus = gpus::read(&nvml, &settings);
 

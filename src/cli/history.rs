@@ -20,7 +20,6 @@ use crate::history::{End, Entry, Hold, Ledger, Part, Selection, Standing, Sums, 
 use crate::host;
 use crate::lease::short;
 use crate::report::{Exit, Misused};
-use crate::store::Store;
 
 /// Most bytes of a line. An audit line has some hundred.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -315,7 +314,7 @@ impl<'a> Reading<'a> {
 
     /// Adds the holds that have no release, by what the leases say that stand now.
     fn close(&mut self, settings: &Settings) -> Result<()> {
-        let store = Store::existing(&settings.state_dir);
+        let store = super::readable_state(settings)?;
         let leases = store.as_ref().map(leases_in).transpose()?;
         let boot = host::boot_id()?;
         let standing = match &leases {
@@ -486,8 +485,8 @@ fn holds_table(history: &History) -> String {
             or_dash(hold.user.as_deref().or(uid.as_deref())),
             or_dash(hold.container.as_deref().map(short)),
             or_dash(hold.image.as_deref()),
-            hold.slices.iter().map(|s| s.profile.as_str()).collect::<Vec<_>>().join(","),
-            gpus.join(","),
+            printable(&hold.slices.iter().map(|s| s.profile.as_str()).collect::<Vec<_>>().join(",")),
+            printable(&gpus.join(",")),
             match (hold.state, &hold.reason) {
                 (End::Holding, None) => "still held".into(),
                 (End::Holding, Some(reason)) => format!("still held: {reason}"),

@@ -5,8 +5,10 @@ use serde::Serialize;
 
 use super::holder::Holder;
 use crate::config::Settings;
+use crate::engine::leases_in;
 use crate::lease::Lease;
 use crate::report::Exit;
+use crate::store::Store;
 
 /// The document of `migctl leases`.
 #[derive(Debug, Serialize)]
@@ -19,7 +21,7 @@ pub(super) struct Leases {
 }
 
 pub(super) fn run(settings: &Settings, json: bool) -> Result<Exit> {
-    let leases = super::recorded(settings)?;
+    let leases = Store::existing(&settings.state_dir)?.map_or(Ok(Vec::new()), |store| leases_in(&store))?;
     let holders = leases.iter().map(Holder::of).collect();
     super::print(&Leases { leases, holders }, json, text)?;
     Ok(Exit::Ok)

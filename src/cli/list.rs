@@ -17,7 +17,6 @@ use crate::lease::{Lease, Slice};
 use crate::profile;
 use crate::report::Exit;
 use crate::request::GpuSelector;
-use crate::store::Store;
 
 /// Arguments of `migctl list`.
 #[derive(Debug, clap::Args)]
@@ -132,7 +131,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let nvml = Nvml::at(&settings.nvml);
     let devices = super::visible(&nvml, args.gpu.as_slice())?;
     let leases = super::recorded(settings)?;
-    let (cordons, waiting) = match Store::existing(&settings.state_dir) {
+    let (cordons, waiting) = match super::readable_state(settings)? {
         Some(store) => (store.cordons()?, tickets_in(&store)?.len()),
         None => (Cordons::new(), 0),
     };

@@ -18,7 +18,6 @@ use crate::placement::{self, Room};
 use crate::profile;
 use crate::report::{Exit, Misused};
 use crate::request::GpuSelector;
-use crate::store::Store;
 
 pub(super) mod bar;
 mod svg;
@@ -217,7 +216,7 @@ pub(super) fn read(settings: &Settings, gpu: &dyn Gpu, only: &[GpuSelector]) -> 
         }
         (leases, devices) = (after, super::visible(gpu, only)?);
     }
-    let cordons = Store::existing(&settings.state_dir).map_or(Ok(Cordons::new()), |store| store.cordons())?;
+    let cordons = super::readable_state(settings)?.map_or(Ok(Cordons::new()), |store| store.cordons())?;
     let rooms = rooms(&devices, &leases);
     let seen = inventory(&devices, &leases);
     let map = |(gpu, room)| gpu_map(settings, gpu, room, &leases, &cordons);

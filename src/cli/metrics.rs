@@ -71,7 +71,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 }
 
 fn recorded(settings: &Settings, nvml: &Nvml) -> Result<Recorded> {
-    let Some(store) = Store::existing(&settings.state_dir) else { return Ok(Recorded::default()) };
+    let Some(store) = Store::existing(&settings.state_dir)? else { return Ok(Recorded::default()) };
     let engine = Engine::open(settings, nvml)?;
     let leases = engine.leases()?;
     // A Pending one may be another process's work of this moment.

@@ -17,7 +17,7 @@ use crate::lease::Lease;
 use crate::profile;
 use crate::report::{self, Exit};
 use crate::request::GpuSelector;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 use habits::{Habit, Smi};
 
@@ -356,9 +356,17 @@ fn gpu_selector(text: &str) -> Result<GpuSelector, String> {
     GpuSelector::parse(text).ok_or_else(|| "name a GPU by its index, UUID (GPU-…) or PCI address (07:00.0)".to_owned())
 }
 
-/// What is recorded; nothing where there is no state yet.
-fn recorded(settings: &Settings) -> Result<Vec<Lease>> {
+/// The state, where there is any and this user may read it.
+fn readable_state(settings: &Settings) -> Result<Option<Store>, StoreError> {
     match Store::existing(&settings.state_dir) {
+        Err(StoreError::NotRoot { .. }) => Ok(None),
+        store => store,
+    }
+}
+
+/// What is recorded; nothing where there is no state yet, or none for this user to read.
+fn recorded(settings: &Settings) -> Result<Vec<Lease>> {
+    match readable_state(settings)? {
         Some(store) => Ok(leases_in(&store)?),
         None => Ok(Vec::new()),
     }

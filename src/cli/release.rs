@@ -49,12 +49,12 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 
 /// The lease with that token or container id, or with the only one that begins so.
 pub(super) fn find(leases: &[Lease], name: &str) -> Result<Lease> {
-    let container = |l: &Lease| l.holder.container.clone().unwrap_or_default();
-    if let Some(lease) = leases.iter().find(|l| l.token == name || container(l) == name) {
+    let names =
+        |l: &Lease| [Some(l.token.clone()), l.holder.container.clone()].into_iter().flatten().collect::<Vec<_>>();
+    if let Some(lease) = leases.iter().find(|l| names(l).iter().any(|n| n == name)) {
         return Ok(lease.clone());
     }
-    let mut fits =
-        leases.iter().filter(|l| !name.is_empty() && (l.token.starts_with(name) || container(l).starts_with(name)));
+    let mut fits = leases.iter().filter(|l| !name.is_empty() && names(l).iter().any(|n| n.starts_with(name)));
     match (fits.next(), fits.next()) {
         (Some(lease), None) => Ok(lease.clone()),
         (Some(_), Some(_)) => {
@@ -90,7 +90,8 @@ mod tests {
             lease.holder.container = Some(container.into());
             lease
         };
-        let leases = [named("aa1", "web"), named("aa2", "web2")];
+        let unbound = Lease { token: "bb3".into(), ..lease(State::Active, Way::Precreate) };
+        let leases = [named("aa1", "web"), named("aa2", "web2"), unbound];
         assert_eq!(find(&leases, "web").unwrap().token, "aa1");
         assert_eq!(find(&leases, "aa2").unwrap().token, "aa2");
         assert_eq!(find(&leases, "web2").unwrap().token, "aa2");

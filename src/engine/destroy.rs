@@ -92,8 +92,9 @@ impl Engine<'_> {
         if let Some(Obstacle::Busy(why) | Obstacle::Held(why)) = busy? {
             return Ok(Destroyed::Unchanged(why));
         }
-        let what = json!({"gpu": gpu, "gi": gi, "ci": ci});
-        audit("destroy", &new_holder(Way::Create, std::process::id()), json!({"slices": [what]}));
+        let mut what = self.new_lease(&new_holder(Way::Create, std::process::id()), slices_of(device, instance)?)?;
+        what.slices.retain(|slice| slice.ci == Some(ci));
+        audit("destroy", &what.holder, json!({"slices": audited(&what)}));
         self.look_afresh(&lock);
         Ok(Destroyed::Done)
     }

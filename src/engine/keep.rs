@@ -20,6 +20,7 @@ impl Engine<'_> {
     pub fn create(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, start: Option<u32>) -> Result<Vec<Lease>, Failure> {
         let lock = self.lock_for_change()?;
         self.reap(&lock)?;
+        self.look_afresh(&lock);
         let devices = self.to_cut_on(cuts, gpu, start)?;
         self.create_locked(&lock, cuts, &devices, None)
     }
@@ -31,7 +32,9 @@ impl Engine<'_> {
         gpu: Option<&GpuSelector>,
         start: Option<u32>,
     ) -> Result<Vec<Vec<Slice>>, Failure> {
-        self.planned(cuts, &self.to_cut_on(cuts, gpu, start)?, &self.leases()?)
+        let (devices, mut leases) = (self.to_cut_on(cuts, gpu, start)?, self.leases()?);
+        take_vanished(&devices, &mut leases);
+        self.planned(cuts, &devices, &leases)
     }
 
     /// The lock, with the records of this boot.
@@ -175,6 +178,7 @@ impl Engine<'_> {
         }
         let lock = self.lock_for_change()?;
         self.reap(&lock)?;
+        self.look_afresh(&lock);
         let devices = self.to_cut_on(cuts, gpu, None)?;
         let leases = self.leases()?;
         let (mut found, mut to_cut) = (Vec::new(), Vec::new());
@@ -184,10 +188,23 @@ impl Engine<'_> {
                 None => to_cut.push(cut.clone()),
             }
         }
-        let mut reserved =
-            if to_cut.is_empty() { Vec::new() } else { self.create_locked(&lock, &to_cut, &devices, Some(uid))? };
-        for lease in found {
+        let mut reserved = Vec::new();
+        let marked = found.into_iter().try_for_each(|lease| {
             reserved.push(self.mark(&lock, lease, Some(uid))?);
+            Ok(())
+        });
+        let cut = marked.and_then(|()| match to_cut.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.create_locked(&lock, &to_cut, &devices, Some(uid)),
+        });
+        match cut {
+            Ok(cut) => reserved.extend(cut),
+            Err(failure) => {
+                for lease in reserved {
+                    self.mark(&lock, lease, None)?;
+                }
+                return Err(failure);
+            }
         }
         Ok(reserved)
     }
@@ -297,6 +314,13 @@ impl Engine<'_> {
         Ok(slices)
     }
 
+    /// Gives the nodes of a slice that has gone back to everybody. A /dev that can't be written stops no end of a lease.
+    pub(super) fn open_nodes_or_warn(&self, lease: &Lease) {
+        if let Err(failure) = self.open_nodes(lease) {
+            tracing::warn!("the nodes of lease {} stay one user's: {failure}", lease.token);
+        }
+    }
+
     /// Forgets kept slices that are not there any more: the GPU was reset, or another tool destroyed them.
     pub(super) fn drop_vanished(
         &self,
@@ -307,7 +331,7 @@ impl Engine<'_> {
         let mut dropped = Vec::new();
         for lease in take_vanished(devices, leases) {
             if lease.reserved_for.is_some() {
-                self.open_nodes(&lease)?;
+                self.open_nodes_or_warn(&lease);
             }
             self.store.remove(lock, &lease.token, None)?;
             let why = "it is not there any more: its GPU was reset, or another tool destroyed it";

@@ -445,7 +445,7 @@ fn keeps(lease: &Lease, device: &Device, instance: &Instance) -> bool {
 /// Windows of leases where no instance is: their minors are held, and what is to come there is a rival's.
 fn reserved(leases: &[Lease], device: &Device) -> Vec<Window> {
     let slices = leases.iter().filter(|lease| lease.state != State::Static).flat_map(|lease| &lease.slices);
-    let here = slices.filter(|slice| slice.gpu == device.uuid && slice.step != Step::Gone);
+    let here = slices.filter(|slice| slice.gpu == device.uuid);
     let empty = here.filter(|slice| !device.instances.iter().any(|instance| slice.is_at(&device.uuid, instance)));
     empty.map(|slice| Window { profile: Some(slice.profile), placement: slice.placement }).collect()
 }

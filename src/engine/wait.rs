@@ -224,9 +224,9 @@ impl Engine<'_> {
     pub(super) fn living_tickets(&self, lock: &Lock) -> Result<Vec<Ticket>, Failure> {
         let mut tickets = Vec::new();
         for number in self.store.tickets()? {
-            let ticket = self.store.ticket::<Ticket>(number, queue::VERSION)?;
+            // The record of a dead one is not read: another version of mig-hook may have written it.
             match self.store.bell_of(number) {
-                Some(_) => tickets.extend(ticket),
+                Some(_) => tickets.extend(self.store.ticket::<Ticket>(number, queue::VERSION)?),
                 None => self.store.remove_ticket(lock, number)?,
             }
         }
@@ -326,7 +326,7 @@ impl Engine<'_> {
             let bare = Request { wait_s: None, ..(*request).clone() };
             let known = wishes.iter().position(|(wish, uid, _)| *wish == bare && *uid == holder.uid);
             let wish = known.unwrap_or_else(|| {
-                let usable = self.could_use(devices, leases, &bare);
+                let usable = self.could_use(devices, leases, &bare, holder.uid);
                 wishes.push((bare, holder.uid, usable));
                 wishes.len() - 1
             });
@@ -360,7 +360,7 @@ impl Engine<'_> {
 
     /// The GPUs that a request could use if every holder ended: not cordoned, offering what it wants, and with room for it
     /// beside what is kept.
-    fn could_use(&self, devices: &[Device], leases: &[Lease], request: &Request) -> Gpus {
+    fn could_use(&self, devices: &[Device], leases: &[Lease], request: &Request, uid: Option<u32>) -> Gpus {
         let (kept, held): (Vec<Lease>, Vec<Lease>) =
             leases.iter().cloned().partition(|lease| lease.state == State::Static);
         let mut emptied = devices.to_vec();
@@ -372,11 +372,11 @@ impl Engine<'_> {
         }
         let usable = self.usable_devices(emptied, request, &[]).unwrap_or_default();
         let wants: Vec<&Want> = request.alternatives.iter().flatten().collect();
-        let serves = |device: &&Device| wants.iter().any(|want| self.could_serve(device, &kept, want));
+        let serves = |device: &&Device| wants.iter().any(|want| self.could_serve(device, &kept, want, uid));
         usable.iter().filter(serves).map(|device| device.uuid.clone()).collect()
     }
 
-    fn could_serve(&self, device: &Device, kept: &[Lease], want: &Want) -> bool {
+    fn could_serve(&self, device: &Device, kept: &[Lease], want: &Want, uid: Option<u32>) -> bool {
         let profile = match want {
             Want::Profile(name) => profile::resolve_name(device, name),
             Want::Memory { bytes } => profile::resolve_memory(device, *bytes),
@@ -385,9 +385,10 @@ impl Engine<'_> {
                 return computes.into_iter().any(|compute| compute.uuid.eq_ignore_ascii_case(uuid));
             }
         };
-        let kept_as = |id| kept.iter().flat_map(|l| &l.slices).any(|s| s.gpu == device.uuid && s.profile == id);
+        let for_it = kept.iter().filter(|l| l.reserved_for.is_none() || l.reserved_for == uid);
+        let mut whole = for_it.flat_map(|l| &l.slices).filter(|s| s.gpu == device.uuid && s.compute_slices.is_none());
         let room = || self.place(std::slice::from_ref(device), kept, std::slice::from_ref(want)).is_ok();
-        profile.is_some_and(|profile| kept_as(profile.id) || room())
+        profile.is_some_and(|profile| whole.any(|s| s.profile == profile.id) || room())
     }
 
     /// Notes whose turn it is, and that all have been looked at; calls those whose turn has come.

@@ -574,3 +574,17 @@ fn killed_at_any_record_the_slice_in_use_stays_and_applying_again_finishes() {
     }
     assert!(killed > 8, "only {killed} kills");
 }
+
+#[test]
+fn what_a_quarantined_holder_has_left_is_not_cut_again() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.recording_runtime(0);
+    let (_bundle, _init) = world.living("web", &asked("1g.10gb"));
+    assert!(world.migctl(&["gc"]).status.success()); // which learns of its first process
+    assert!(world.migctl(&["destroy", "--all", "--force"]).status.success());
+    let held = world.lease()["slices"][0]["placement"].clone();
+    let output = world.migctl(&["apply", &file(&world, "{1g.10gb: 1}"), "--config", "c"]);
+    assert_eq!(code(&output), 0, "{}", text(&output));
+    let instances = world.instances();
+    assert!(instances.len() == 1 && instances[0]["placement"] != held, "{instances:?} beside {held}");
+}

@@ -164,3 +164,13 @@ fn what_a_reset_has_taken_is_kept_no_longer() {
     assert!(done["actions"].to_string().contains("not there any more"), "{done}");
     world.assert_clean("after the resets");
 }
+
+#[test]
+fn what_is_kept_no_more_takes_no_room() {
+    let world = seeded(&["a100-sxm4-80gb"]);
+    stdout(&world.migctl(&["create", "7g.80gb"]));
+    world.sim("destroy", &["--gpu", "0", "--gi", "0"]);
+    assert!(stdout(&world.migctl(&["create", "7g.80gb", "--dry-run"])).contains("7g.80gb"));
+    stdout(&world.migctl(&["create", "7g.80gb"]));
+    assert_eq!((states(&world), world.instances().len()), (vec!["static".to_owned()], 1));
+}

@@ -1,9 +1,12 @@
 //! `migctl leases`.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use serde_json::json;
 
-use crate::common::{DEMO, World};
-use crate::{asked, document, stdout};
+use crate::common::{DEMO, World, binaries, run, text};
+use crate::{asked, code, document, stdout};
 
 #[test]
 fn nothing_recorded_is_said_without_making_state() {
@@ -38,4 +41,17 @@ fn text_is_a_view_of_the_document() {
     }
     assert!(leases.contains("2g.20gb,2g.20gb"), "{leases}");
     assert!(leases.lines().all(|l| l == l.trim_end()), "no spaces at line ends: {leases}");
+}
+
+#[test]
+fn who_may_not_read_the_state_is_told_so() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.recording_runtime(0);
+    let (_bundle, _init) = world.living("web", &asked("1g.10gb"));
+    let dir = world.path("m").parent().unwrap().to_owned();
+    assert!(run(Command::new("chmod").args(["a+x"]).arg(&dir)).status.success());
+    let program = world.path("migctl");
+    assert!(run(Command::new("cp").arg(binaries().join("migctl")).arg(&program)).status.success());
+    let output = run(Command::new(&program).arg("--config").arg(world.config()).arg("leases").uid(65534).gid(65534));
+    assert!(code(&output) == 77 && !text(&output).contains("no leases"), "{}", text(&output));
 }

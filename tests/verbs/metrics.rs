@@ -442,6 +442,8 @@ fn the_file_is_replaced_whole() {
     let world = World::new(&["a100-sxm4-80gb"]);
     let file = world.path("textfile/mig.prom");
     let output = ["metrics", "--output", file.to_str().unwrap()];
+    assert_eq!(code(&world.migctl(&output)), 74, "a mistyped directory is not made");
+    std::fs::create_dir(file.parent().unwrap()).unwrap();
     assert_eq!(stdout(&world.migctl(&output)), "");
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(stdout(&world.migctl(&output)), "");

@@ -34,7 +34,9 @@ pub(super) fn checks(settings: &Settings, nvml: &Nvml) -> Vec<Check> {
         }
         Ok(meta) => directory(dir, meta.is_dir(), (meta.uid(), meta.mode() & 0o7777), ours),
     };
-    let Some(store) = Store::existing(dir).filter(|_| directory.remedy.is_none()) else { return vec![directory] };
+    let Some(store) = Store::existing(dir).ok().flatten().filter(|_| directory.remedy.is_none()) else {
+        return vec![directory];
+    };
     let mut checks = vec![directory];
     checks.extend(boot(store.boot().ok().flatten().as_deref(), host::boot_id().ok().as_deref()));
     checks.push(lock(held_long(&store)));
