@@ -5,8 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::common::{self, binaries, installed, run, text};
-use crate::schema;
+use crate::common::{self, World, binaries, installed, run, text};
+use crate::{schema, shown, snapshot};
 use serde_json::{Value, json};
 
 /// An engine, and its file as somebody may have written it.
@@ -386,4 +386,15 @@ fn a_stale_backup_is_never_put_back() {
     std::fs::remove_file(&path).unwrap();
     refused("docker", &path, &[], 65, &["mig-hook.bak has what it was"]);
     assert_eq!(read(&dir.path("daemon.json.mig-hook.bak")), "{\"b\": 2}");
+}
+
+#[test]
+fn what_people_see() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    world.recording_runtime(0);
+    let file = world.write("daemon.json", "{\n  \"log-driver\": \"journald\"\n}\n").display().to_string();
+    let configure = ["configure", "docker", "--file", file.as_str()];
+    let done = shown(&world, &configure);
+    let removed = shown(&world, &[&configure[..], &["--remove"]].concat());
+    snapshot(&world, "configure", &format!("{done}\n{removed}"));
 }

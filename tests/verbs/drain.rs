@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::common::{World, binaries, installed, skip, text, wait_for};
-use crate::{asked, code, document, schema, stdout};
+use crate::{asked, code, document, schema, shown, snapshot, stdout};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -101,4 +101,15 @@ fn a_terminal_shows_who_is_waited_for() {
     let output = Command::new("script").args(["-qec", &command, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
     let said = text(&output);
     assert!(said.contains("\r\u{1b}[Kwaiting for container web"), "{said:?}");
+}
+
+#[test]
+fn what_people_see() {
+    let world = machine();
+    let (_bundle, init) = world.living("web", &asked("1g.10gb"));
+    stdout(&world.migctl(&["gc"])); // which learns of its first process
+    let left = shown(&world, &["drain", "0", "--wait", "1s"]);
+    drop(init);
+    let drained = shown(&world, &["drain", "0"]);
+    snapshot(&world, "drain", &format!("{left}\n{drained}").replace(&std::process::id().to_string(), "[pid]"));
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::common::{DEMO, World, binaries, run, text};
-use crate::{asked, code, document, stdout};
+use crate::{asked, code, document, shown, snapshot, stdout};
 
 #[test]
 fn nothing_recorded_is_said_without_making_state() {
@@ -54,4 +54,11 @@ fn who_may_not_read_the_state_is_told_so() {
     assert!(run(Command::new("cp").arg(binaries().join("migctl")).arg(&program)).status.success());
     let output = run(Command::new(&program).arg("--config").arg(world.config()).arg("leases").uid(65534).gid(65534));
     assert!(code(&output) == 77 && !text(&output).contains("no leases"), "{}", text(&output));
+}
+
+#[test]
+fn what_people_see() {
+    let world = World::with(&["a100-sxm4-80gb"], &["--seed", "leases"]);
+    assert!(world.migctl(&["create", "2x1g.10gb"]).status.success());
+    snapshot(&world, "leases", &shown(&world, &["leases"]));
 }
