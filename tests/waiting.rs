@@ -410,6 +410,17 @@ fn a_ticket_of_another_version_stops_everything() {
 }
 
 #[test]
+fn what_migctl_creates_or_adopts_is_seen_at_once() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let holder = held(&world, "4g.40gb");
+    world.sim("make", &["--gpu", "0", "--profile", "3g.40gb"]);
+    let waits = Asking::in_line(&world, "3g.40gb", "20s", 1);
+    assert!(world.migctl(&["adopt", "--all"]).status.success());
+    end(&world, &waits.given());
+    end(&world, &holder);
+}
+
+#[test]
 fn a_dead_ticket_of_another_version_is_taken_out() {
     let world = World::new(&[A30]);
     assert!(world.migctl(&["gc"]).status.success());

@@ -172,7 +172,15 @@ impl Smi {
                 self.gpus.iter().map(|gpu| format!("migctl destroy --all --gpu {gpu}")).collect()
             }
             Action::Destroy { gis, cis } => {
-                meant.iter().filter_map(|(gpu, device)| destroy(gis, cis, gpu, *device)).collect()
+                let ours: Vec<String> =
+                    meant.iter().filter_map(|(gpu, device)| destroy(gis, cis, gpu, *device)).collect();
+                let ids: Vec<String> = gis.iter().map(u32::to_string).collect();
+                match ours.is_empty() {
+                    true => {
+                        vec!["migctl list".into(), format!("(there is no GPU instance {} there)", ids.join(" or "))]
+                    }
+                    false => ours,
+                }
             }
         }
     }
@@ -337,6 +345,8 @@ mod tests {
             let ours: Vec<String> = ours.iter().map(|ours| format!("migctl {ours}")).collect();
             assert_eq!(smi.ours(&devices()), ours, "{theirs}");
         }
+        let Some(Habit::Smi(gone)) = translate(&words("mig -dgi -gi 13")) else { panic!("not told") };
+        assert_eq!(gone.ours(&devices()), ["migctl list", "(there is no GPU instance 13 there)"]);
     }
 
     #[test]

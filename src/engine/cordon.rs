@@ -120,9 +120,13 @@ impl Engine<'_> {
 pub(super) fn stop_command(holder: &Holder) -> Option<String> {
     let (bundle, id) = (holder.bundle.as_deref()?, holder.container.as_deref()?);
     let named = names::look_up(bundle, id);
-    let who = named.name.as_deref().unwrap_or(short(id));
+    // It will be copied into a shell: a name that says more there than a name is left out.
+    let plain = |name: &&str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+    let who = named.name.as_deref().filter(plain).unwrap_or(short(id));
     match (named.engine.as_deref()?, named.pod.as_deref().and_then(|pod| pod.split_once('/'))) {
-        (_, Some((namespace, pod))) => Some(format!("kubectl delete pod -n {namespace} {pod}")),
+        (_, Some((namespace, pod))) => {
+            [namespace, pod].iter().all(plain).then(|| format!("kubectl delete pod -n {namespace} {pod}"))
+        }
         (engine @ ("docker" | "podman"), None) => Some(format!("{engine} stop {who}")),
         _ => None,
     }

@@ -98,6 +98,7 @@ impl Engine<'_> {
             audit("create", &lease.holder, kept(lease));
         }
         self.look_afresh(lock);
+        self.store.ring(); // who waits may have them
         Ok(pending)
     }
 
@@ -144,6 +145,7 @@ impl Engine<'_> {
         self.store.put(&lock, &lease.token, &lease)?;
         audit("adopt", &lease.holder, kept(&lease));
         self.look_afresh(&lock);
+        self.store.ring();
         Ok(lease)
     }
 
@@ -279,6 +281,7 @@ impl Engine<'_> {
             return Err(failure);
         }
         if owner != before.reserved_for {
+            self.store.ring();
             audit("reserve", &new_holder(lease.holder.way, std::process::id()), kept(&lease));
         }
         Ok(lease)
