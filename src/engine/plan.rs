@@ -533,9 +533,14 @@ impl Engine<'_> {
         if plan.in_line > 0 {
             return Ok(()); // what fits is for those who wait
         }
+        let kept = |name: &str| {
+            let mut kept = on_usable.leases.iter().filter(|lease| lease.state == State::Static);
+            kept.any(|lease| lease.slices.iter().any(|slice| slice.profile_name == name))
+        };
         let mut fitting = Vec::new();
         for profile in on_usable.devices.iter().flat_map(|device| &device.profiles) {
-            if profile::has_attribute(&profile.name)
+            // One with an attribute is nothing to cut in another's stead, but may be there.
+            if (profile::has_attribute(&profile.name) && !kept(&profile.name))
                 || fitting.iter().any(|p: &&crate::gpu::Profile| p.name == profile.name)
             {
                 continue;
