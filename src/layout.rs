@@ -521,10 +521,11 @@ mod tests {
                     if names_of(&device, &device.instances) == names {
                         prop_assert!(plan.go.is_empty() && plan.come.is_empty(), "{plan:?}");
                     }
-                    // Nothing that goes could have stayed at no cost.
+                    // Nothing that goes could have stayed at no cost; where compute instances are packed anew, more goes.
                     let wants_all = less(&names_of(&device, &device.instances), &names).is_empty();
                     let moved = plan.come.iter().filter(|new| new.moved_from.is_some()).count();
-                    prop_assert!(!wants_all || plan.go.len() == moved, "{plan:?}");
+                    let packed = plan.come.iter().any(|new| !new.computes.is_empty());
+                    prop_assert!(!wants_all || packed || plan.go.len() == moved, "{plan:?}");
                 }
                 Err(refusal) => {
                     let held = names_of(&device, busy.iter().map(|n| &device.instances[*n]));
