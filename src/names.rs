@@ -1,6 +1,6 @@
 //! What people call their containers: looked up in the files of the engines, only when something is to be shown.
 //!
-//! Only files that root (or whoever asks) owns are read, none larger than [`LIMIT`], and no link is followed at their end. What
+//! Only files that root (or whoever asks) owns are read, none larger than `LIMIT`, and no link is followed at their end. What
 //! is missing or looks odd is simply not known. Where each engine keeps its names was looked up in running ones: docker 28,
 //! podman 4.3, containerd 1.6; of CRI-O and nerdctl in their sources (`io.kubernetes.container.name`, `pkg/labels/labels.go`).
 
