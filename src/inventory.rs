@@ -70,9 +70,8 @@ pub fn inventory<'a>(devices: &'a [Device], leases: &'a [Lease]) -> Vec<Gpu<'a>>
 }
 
 fn gpu<'a>(device: &'a Device, leases: &'a [Lease]) -> Gpu<'a> {
-    let here = |lease: &'a Lease, instance: &Instance| lease.slices.iter().any(|s| s.is_at(&device.uuid, instance));
     let occupied = |instance: &'a Instance| {
-        let mut of_it = leases.iter().filter(|lease| here(lease, instance));
+        let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
         let kept = of_it.clone().find(|lease| lease.state == State::Static);
         let lease = of_it.find(|lease| lease.state != State::Static);
         Occupied { instance, profile: device.profile(instance.profile), kept, lease }
@@ -104,7 +103,7 @@ pub fn free(device: &Device, leases: &[Lease], profile: &Profile) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{ComputeInstance, Engines, MigMode, Placement, ProfileId};
+    use crate::gpu::{ComputeInstance, Engines, Placement, ProfileId};
     use crate::lease::{Way, tests::lease};
 
     fn device(starts: &[u32]) -> Device {
@@ -117,13 +116,6 @@ mod tests {
             compute: vec![compute(id)],
         };
         Device {
-            uuid: "GPU-0".into(),
-            name: "A100".into(),
-            index: 0,
-            minor: 0,
-            pci_bus_id: "00000000:07:00.0".into(),
-            pci_device_id: 0x20b2_10de,
-            mig: MigMode::On,
             profiles: vec![Profile {
                 id: ProfileId(19),
                 name: "1g.10gb".into(),
@@ -136,6 +128,7 @@ mod tests {
                 placements: (0..7).map(placement).collect(),
             }],
             instances: (7..).zip(starts).map(instance).collect(),
+            ..crate::gpu::tests::device(0)
         }
     }
 

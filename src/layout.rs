@@ -247,7 +247,7 @@ pub fn differences(device: &Device, present: &Names, wanted: &Names) -> (Names, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{ComputeInstance, Engines, MigMode, Profile};
+    use crate::gpu::{ComputeInstance, Engines, Profile};
     use proptest::prelude::*;
 
     /// Name, compute slices, limit, size in memory slices, starts.
@@ -306,15 +306,10 @@ mod tests {
             }
         };
         Device {
-            uuid: "GPU-0".into(),
             name: "A".into(),
-            index: 0,
-            minor: 0,
-            pci_bus_id: "00000000:07:00.0".into(),
-            pci_device_id: 0x20b2_10de,
-            mig: MigMode::On,
             instances: (0..).zip(instances).map(instance).collect(),
             profiles,
+            ..crate::gpu::tests::device(0)
         }
     }
 

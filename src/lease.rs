@@ -283,6 +283,16 @@ impl Lease {
         self.slices.iter().flat_map(|s| [s.gi_minor, s.ci_minor]).flatten()
     }
 
+    /// Whether one of its slices lies where that instance of a GPU is.
+    pub fn is_at(&self, gpu: &str, instance: &Instance) -> bool {
+        self.slices.iter().any(|slice| slice.is_at(gpu, instance))
+    }
+
+    /// Whether one that it cut lies there.
+    pub fn has_cut(&self, gpu: &str, instance: &Instance) -> bool {
+        self.slices.iter().any(|slice| slice.ours && slice.is_at(gpu, instance))
+    }
+
     /// Who holds it, for messages: `container 3f0a…` or `a container being created`.
     pub fn held_by(&self) -> String {
         match (&self.holder.container, self.state) {

@@ -792,7 +792,7 @@ fn small_for_several<'a>(boards: &[Board<'a>], windows: &[Vec<Window>], wants: &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{Engines, Instance, MigMode};
+    use crate::gpu::{Engines, Instance};
     use proptest::prelude::*;
 
     /// Id, name, compute slices, MiB, limit, size in memory slices, starts.
@@ -837,15 +837,9 @@ mod tests {
             placements: row.6.iter().map(|start| Placement { start: *start, size: row.5 }).collect(),
         };
         Device {
-            uuid: format!("GPU-{index}"),
             name: name.to_owned(),
-            index,
-            minor: index,
-            pci_bus_id: format!("00000000:{index:02X}:00.0"),
-            pci_device_id: 0x20b2_10de,
-            mig: MigMode::On,
             profiles: rows.iter().map(profile).collect(),
-            instances: Vec::new(),
+            ..crate::gpu::tests::device(index)
         }
     }
 

@@ -231,12 +231,7 @@ mod tests {
 
     fn device(index: u32, name: &str, profiles: &[(&str, u32, u64)]) -> Device {
         Device {
-            uuid: format!("GPU-{index}"),
             name: name.to_owned(),
-            index,
-            minor: index,
-            pci_bus_id: format!("00000000:0{index}:00.0"),
-            pci_device_id: 0x20b2_10de,
             mig: if profiles.is_empty() { MigMode::Off } else { MigMode::On },
             profiles: (0_u32..)
                 .zip(profiles)
@@ -252,7 +247,7 @@ mod tests {
                     placements: Vec::new(),
                 })
                 .collect(),
-            instances: Vec::new(),
+            ..crate::gpu::tests::device(index)
         }
     }
 

@@ -789,14 +789,9 @@ mod tests {
     fn a_selector_meets_its_gpu() {
         let device = Device {
             uuid: format!("GPU-{UUID}"),
-            name: "NVIDIA A30".to_owned(),
-            index: 1,
             minor: 5,
             pci_bus_id: "00000000:0A:00.0".to_owned(),
-            pci_device_id: 0x20b2_10de,
-            mig: crate::gpu::MigMode::On,
-            profiles: Vec::new(),
-            instances: Vec::new(),
+            ..crate::gpu::tests::device(1)
         };
         let selects = |text: &str| {
             let request = annotations(&[("mig.memory", "1GiB"), ("mig.gpu", text)]).unwrap().unwrap();

@@ -349,11 +349,11 @@ fn flock_holder(path: &Path) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn store() -> (tempfile::TempDir, Store, Lock) {
+    pub(crate) fn store() -> (tempfile::TempDir, Store, Lock) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("state")).unwrap();
         let lock = store.lock(Duration::ZERO).unwrap();

@@ -99,20 +99,14 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 /// What `--all` means: those that no record has, or with `--undo` those that were adopted.
 fn candidates<'a>(engine: &Engine<'_>, devices: &'a [Device], args: &Args) -> Result<Vec<Found<'a>>> {
     let leases = engine.leases()?;
-    let only = args.gpu.as_ref().map(|gpu| target::find_gpu(devices, gpu)).transpose()?;
-    let mut found = Vec::new();
-    for device in devices.iter().filter(|device| only.is_none_or(|only| only.uuid == device.uuid)) {
-        for instance in &device.instances {
-            let mut of_it = leases.iter().filter(|l| l.slices.iter().any(|s| s.is_at(&device.uuid, instance)));
-            let wanted = match args.undo {
-                true => of_it.any(|lease| lease.state == State::Static && lease.holder.way == Way::Adopt),
-                false => of_it.next().is_none(),
-            };
-            if wanted {
-                found.push(Found { device, instance, compute: None });
-            }
+    let mut found = target::every_slice(devices, args.gpu.as_ref())?;
+    found.retain(|Found { device, instance, .. }| {
+        let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
+        match args.undo {
+            true => of_it.any(|lease| lease.state == State::Static && lease.holder.way == Way::Adopt),
+            false => of_it.next().is_none(),
         }
-    }
+    });
     Ok(found)
 }
 

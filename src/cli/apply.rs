@@ -15,7 +15,7 @@ use crate::report::{self, Exit};
 
 use super::config_file::{Source, notes};
 use super::interrupt::Interrupt;
-use super::target::Shown;
+use super::target::{Named, Shown};
 
 /// Arguments of `migctl apply`.
 #[derive(Debug, clap::Args)]
@@ -49,12 +49,8 @@ pub(super) struct Answer {
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Row {
-    /// NVML index.
-    index: u32,
-    /// `GPU-…`.
-    uuid: String,
-    /// Product name.
-    name: String,
+    #[serde(flatten)]
+    gpu: Named,
     /// What became of it.
     outcome: Outcome,
     /// MIG mode now; of a dry run what it would be.
@@ -163,9 +159,7 @@ fn row(target: &Target, change: &Change, waiting: &[u32]) -> Row {
         _ => (Outcome::Changed, None),
     };
     Row {
-        index: device.index,
-        uuid: device.uuid.clone(),
-        name: device.name.clone(),
+        gpu: Named::of(device),
         outcome,
         mig: change.mig,
         stayed: change.stayed.iter().map(stayed).collect(),
@@ -191,7 +185,7 @@ fn text(answer: &Answer) -> String {
             Outcome::Changed => format!("{would}changed"),
             Outcome::Pending => "waits for a reset".into(),
         };
-        out += &format!("GPU {} ({}), {mode}: {verdict}\n", row.index, row.name);
+        out += &format!("{}, {mode}: {verdict}\n", row.gpu.label());
         let mut rows: Vec<Vec<String>> = Vec::new();
         let mut add = |slice: &Shown, what: String| {
             rows.extend(slice.rows().into_iter().map(|row| [row, vec![what.clone()]].concat()));

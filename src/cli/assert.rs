@@ -12,6 +12,7 @@ use crate::mig_parted::{Names, listed};
 use crate::report::Exit;
 
 use super::config_file::{Source, notes, present};
+use super::target::Named;
 
 /// Arguments of `migctl assert`.
 #[derive(Debug, clap::Args)]
@@ -45,12 +46,8 @@ pub(super) struct Answer {
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Row {
-    /// NVML index.
-    index: u32,
-    /// `GPU-…`.
-    uuid: String,
-    /// Product name.
-    name: String,
+    #[serde(flatten)]
+    gpu: Named,
     /// Whether it is as the config says.
     holds: bool,
     /// MIG mode now.
@@ -96,9 +93,7 @@ fn row(nvml: &Nvml, device: &Device, target: &Target) -> Result<Row> {
         Some(names) => differences(device, &present(nvml, device)?, names),
     };
     Ok(Row {
-        index: device.index,
-        uuid: device.uuid.clone(),
-        name: device.name.clone(),
+        gpu: Named::of(device),
         holds: mode_holds && missing.is_empty() && surplus.is_empty(),
         mig: device.mig,
         mig_wanted: target.mig,
@@ -130,7 +125,7 @@ fn text(answer: &Answer) -> String {
             true => format!("as {} says", answer.config),
             false => format!("not as {} says: {}", answer.config, differences.join("; ")),
         };
-        out += &format!("GPU {} ({}): {verdict}\n", row.index, row.name);
+        out += &format!("{}: {verdict}\n", row.gpu.label());
     }
     out + &notes(&answer.config, &answer.unnamed, &answer.absent)
 }

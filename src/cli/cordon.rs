@@ -8,7 +8,7 @@ use crate::engine::{Cordon, Engine};
 use crate::gpu::nvml::Nvml;
 use crate::report::{Exit, Misused};
 
-use super::target;
+use super::target::{self, Named};
 
 /// Most characters of a reason: it is a part of refusals.
 const LONGEST_REASON: usize = 200;
@@ -43,12 +43,8 @@ pub(super) struct Answer {
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Row {
-    /// NVML index.
-    index: u32,
-    /// `GPU-…`.
-    uuid: String,
-    /// Product name.
-    name: String,
+    #[serde(flatten)]
+    gpu: Named,
     /// Closed to new holders.
     cordoned: bool,
     /// It was otherwise before, or for another reason.
@@ -83,8 +79,7 @@ fn set(settings: &Settings, names: &[String], json: bool, cordon: impl Fn() -> O
         let cordon = cordon();
         let cordoned = cordon.is_some();
         let changed = engine.cordon(&device.uuid, cordon)?;
-        let (index, uuid, name) = (device.index, device.uuid.clone(), device.name.clone());
-        gpus.push(Row { index, uuid, name, cordoned, changed });
+        gpus.push(Row { gpu: Named::of(device), cordoned, changed });
     }
     super::print(&Answer { gpus }, json, text)?;
     Ok(Exit::Ok)
@@ -98,7 +93,7 @@ fn text(answer: &Answer) -> String {
             (false, true) => "open again",
             (false, false) => "not cordoned",
         };
-        format!("GPU {} ({}) is {state}\n", row.index, row.name)
+        format!("{} is {state}\n", row.gpu.label())
     };
     answer.gpus.iter().map(line).collect()
 }

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::config::Settings;
 use crate::engine::{Destroyed, Engine, Place};
+use crate::gpu::Device;
 use crate::gpu::nvml::Nvml;
-use crate::gpu::{Device, Instance};
 use crate::report::{Exit, Misused};
 use crate::request::GpuSelector;
 
@@ -70,7 +70,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let devices = engine.managed_gpus()?;
-    let found = if args.all { everything(&devices, args.gpu.as_ref())? } else { named(&devices, args)? };
+    let found = if args.all { target::every_slice(&devices, args.gpu.as_ref())? } else { named(&devices, args)? };
     if args.all && !args.yes && !found.is_empty() && !agreed(&found)? {
         eprintln!("nothing was destroyed");
         return Ok(Exit::Ok);
@@ -87,17 +87,6 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     super::print(&answer, json, text)?;
     let gone = answer.slices.iter().all(|row| row.outcome == Outcome::Destroyed);
     Ok(if gone { Exit::Ok } else { Exit::NoRoom })
-}
-
-fn everything<'a>(devices: &'a [Device], gpu: Option<&GpuSelector>) -> Result<Vec<Found<'a>>> {
-    let devices: Vec<&Device> = match gpu {
-        Some(gpu) => vec![target::find_gpu(devices, gpu)?],
-        None => devices.iter().collect(),
-    };
-    let of = |device: &'a Device| {
-        device.instances.iter().map(move |instance: &'a Instance| Found { device, instance, compute: None })
-    };
-    Ok(devices.into_iter().flat_map(of).collect())
 }
 
 fn named<'a>(devices: &'a [Device], args: &Args) -> Result<Vec<Found<'a>>> {

@@ -15,6 +15,8 @@ use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
 use crate::report::{self, Exit, Misused};
 
+use super::counted;
+
 mod driver;
 mod engines;
 mod gpus;
@@ -215,11 +217,6 @@ fn summary(checks: &[Check]) -> String {
         (0, 0) => "all is well".into(),
         (fails, warns) => format!("{}, {}", counted(fails, "failure"), counted(warns, "warning")),
     }
-}
-
-/// `1 lease`, `2 leases`.
-fn counted(number: usize, what: &str) -> String {
-    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 
 /// `a, b and c`, for sentences.

@@ -13,8 +13,9 @@ use crate::gpu::nvml::Nvml;
 use crate::lease::short;
 use crate::report::Exit;
 
+use super::cordon;
 use super::interrupt::Interrupt;
-use super::{cordon, target};
+use super::target::{self, Named};
 
 /// Pause between two looks: each reads every lease and asks the driver.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -48,12 +49,8 @@ pub(super) struct Answer {
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Row {
-    /// NVML index.
-    index: u32,
-    /// `GPU-…`.
-    uuid: String,
-    /// Product name.
-    name: String,
+    #[serde(flatten)]
+    gpu: Named,
     /// Who is still there; empty: it is drained.
     remaining: Vec<Occupant>,
 }
@@ -90,8 +87,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 }
 
 fn look(engine: &Engine<'_>, device: &Device) -> Result<Row> {
-    let (index, uuid, name) = (device.index, device.uuid.clone(), device.name.clone());
-    Ok(Row { index, uuid, name, remaining: engine.occupants(device)? })
+    Ok(Row { gpu: Named::of(device), remaining: engine.occupants(device)? })
 }
 
 /// One line on a terminal, written over again; nothing in a pipe.
@@ -125,15 +121,15 @@ fn who(occupant: &Occupant) -> String {
 fn text(answer: &Answer) -> String {
     let mut out = String::new();
     for row in &answer.gpus {
-        let label = format!("GPU {} ({})", row.index, row.name);
+        let label = row.gpu.label();
         if row.remaining.is_empty() {
-            out += &format!("{label} is drained; migctl uncordon {} opens it again\n", row.index);
+            out += &format!("{label} is drained; migctl uncordon {} opens it again\n", row.gpu.index);
             continue;
         }
         let why = if answer.interrupted { "interrupted; " } else { "" };
         out += &format!("{why}{label} stays cordoned, and there are still:\n");
         for occupant in &row.remaining {
-            let gis: Vec<String> = occupant.gis.iter().map(|gi| format!("{}/{gi}", row.index)).collect();
+            let gis: Vec<String> = occupant.gis.iter().map(|gi| format!("{}/{gi}", row.gpu.index)).collect();
             let place = if gis.is_empty() { String::new() } else { format!(" in {}", gis.join(", ")) };
             let end = occupant.end_with.as_deref().map(|end| format!("; end it with: {end}")).unwrap_or_default();
             out += &format!("  {}{place}{end}\n", who(occupant));

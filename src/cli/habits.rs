@@ -237,7 +237,7 @@ fn destroy(gis: &[u32], cis: &[u32], gpu: &str, device: Option<&Device>) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{ComputeInstance, Instance, MigMode, Placement, Profile, ProfileId};
+    use crate::gpu::{ComputeInstance, Instance, Placement, Profile, ProfileId};
 
     fn words(line: &str) -> Vec<String> {
         line.split(' ').map(str::to_owned).collect()
@@ -299,17 +299,7 @@ mod tests {
             placement: Placement { start: 0, size: 4 },
             compute: cis.iter().map(|ci| compute(*ci)).collect(),
         };
-        let device = |index: u32, profiles, instances| Device {
-            uuid: format!("GPU-{index}"),
-            name: "A100".into(),
-            index,
-            minor: index,
-            pci_bus_id: format!("00000000:0{index}:00.0"),
-            pci_device_id: 0,
-            mig: MigMode::On,
-            profiles,
-            instances,
-        };
+        let device = |index, profiles, instances| Device { profiles, instances, ..crate::gpu::tests::device(index) };
         vec![
             device(
                 0,

@@ -34,7 +34,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "AGE|TIME", value_parser = moment)]
     until: Option<u64>,
     /// Only what that user's containers held: name or uid
-    #[arg(long, value_parser = user)]
+    #[arg(long, value_parser = super::target::user)]
     user: Option<u32>,
     /// Only images with this in their name
     #[arg(long)]
@@ -418,12 +418,6 @@ impl Users {
     }
 }
 
-/// The uid of a user name, or of a number.
-fn user(text: &str) -> Result<u32, String> {
-    let known = || nix::unistd::User::from_name(text).ok().flatten().map(|user| user.uid.as_raw());
-    text.parse().ok().or_else(known).ok_or_else(|| "there is no such user; a uid will do, too".into())
-}
-
 /// Milliseconds since 1970 of `7d` (ago), `2026-01-31`, `2026-01-31 12:00` (both local) or `2026-01-31T12:00:00Z`.
 fn moment(text: &str) -> Result<u64, String> {
     let now = host::wall_ms();
@@ -458,11 +452,11 @@ fn text(history: &History) -> String {
         None => holds_table(history),
     };
     if history.omitted > 0 {
-        out += &format!("{} that ended earlier: --last 0 shows all\n", count(history.omitted, "more hold"));
+        out += &format!("{} that ended earlier: --last 0 shows all\n", super::counted(history.omitted, "more hold"));
     }
     out += &total(history);
     if history.unreadable_lines > 0 {
-        out += &format!("{} could not be read\n", count(history.unreadable_lines, "line"));
+        out += &format!("{} could not be read\n", super::counted(history.unreadable_lines, "line"));
     }
     for damaged in &history.damaged {
         out += &format!("not read to its end: {damaged}\n");
@@ -529,7 +523,7 @@ fn total(history: &History) -> String {
         0 => "no holds".to_owned(),
         holds => {
             let (slices, gib, compute) = (sums.slice_hours, sums.gib_hours, sums.compute_slice_hours);
-            let holds = count(holds, "hold");
+            let holds = super::counted(holds, "hold");
             format!("{holds}: {slices:.2} slice-hours, {gib:.2} GiB-hours, {compute:.2} compute-slice-hours")
         }
     };
@@ -537,7 +531,7 @@ fn total(history: &History) -> String {
         out += &format!("; {} no known end and count{} no hours", have(sums.unknown_ends), s(sums.unknown_ends));
     }
     if history.refusals > 0 {
-        out += &format!("; {} refused", count(history.refusals, "request"));
+        out += &format!("; {} refused", super::counted(history.refusals, "request"));
     }
     out + "\n"
 }
@@ -549,10 +543,6 @@ fn have(n: u64) -> String {
 /// The ending of a verb.
 fn s(n: u64) -> &'static str {
     if n == 1 { "s" } else { "" }
-}
-
-fn count(n: u64, thing: &str) -> String {
-    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `migctl`: argv, stdout and exit codes of the command for people and scripts. One verb a file.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -273,6 +274,12 @@ fn write(bytes: &[u8]) -> Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// `1 lease`, `2 leases`.
+fn counted<N: Display + From<u8> + PartialEq>(number: N, thing: &str) -> String {
+    let s = if number == N::from(1) { "" } else { "s" };
+    format!("{number} {thing}{s}")
 }
 
 /// The word of a state, as the JSON documents spell it.

@@ -10,7 +10,7 @@ use crate::gpu::nvml::Nvml;
 use crate::gpu::{Device, Gpu, MigMode};
 use crate::report::{Exit, Misused};
 
-use super::target;
+use super::target::{self, Named};
 
 /// Agents that keep a GPU open, by the beginning of their name (the kernel keeps 15 characters), and what stops each. Those
 /// of NVIDIA are named in its MIG guide; the units are those of its packages.
@@ -56,12 +56,8 @@ pub(super) struct Answer {
 #[derive(Debug, Serialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Row {
-    /// NVML index.
-    index: u32,
-    /// `GPU-…`.
-    uuid: String,
-    /// Product name.
-    name: String,
+    #[serde(flatten)]
+    gpu: Named,
     /// As the driver reports it now.
     mig: MigMode,
     /// What became of the change; null for status.
@@ -159,16 +155,7 @@ fn change_one(engine: &Engine<'_>, device: &Device, on: bool) -> Result<Row> {
 }
 
 fn row(device: &Device, outcome: Option<Outcome>) -> Row {
-    Row {
-        index: device.index,
-        uuid: device.uuid.clone(),
-        name: device.name.clone(),
-        mig: device.mig,
-        outcome,
-        reason: None,
-        clients: Vec::new(),
-        next: Vec::new(),
-    }
+    Row { gpu: Named::of(device), mig: device.mig, outcome, reason: None, clients: Vec::new(), next: Vec::new() }
 }
 
 /// What ends each client, as far as known; systemd tells the unit of the others.
@@ -207,7 +194,7 @@ fn text(answer: &Answer) -> String {
         };
         let already = if row.outcome == Some(Outcome::Already) { " already" } else { "" };
         let reason = row.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
-        out += &format!("GPU {} ({}) {mode}{already}{reason}\n", row.index, row.name);
+        out += &format!("{} {mode}{already}{reason}\n", row.gpu.label());
         for client in &row.clients {
             out += &format!("  in the way: process {} ({})\n", client.pid, client.name);
         }

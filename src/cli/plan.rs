@@ -34,7 +34,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "GPU", requires = "request")]
     gpu: Option<String>,
     /// Whose container it would be [default: the caller's]: slices reserved for this user count
-    #[arg(long = "as", value_name = "USER|UID", value_parser = super::reserve::user)]
+    #[arg(long = "as", value_name = "USER|UID", value_parser = super::target::user)]
     user: Option<u32>,
     /// Take the request, by annotation or environment, from an OCI config.json, and check its device rules too
     #[arg(long, value_name = "FILE", conflicts_with = "request")]

@@ -1,7 +1,6 @@
 //! `migctl reserve`: slices for the containers of one user, who alone may open their nodes.
 
 use anyhow::{Result, bail};
-use nix::unistd::User;
 use serde::Serialize;
 
 use crate::config::Settings;
@@ -23,7 +22,7 @@ pub(super) struct Args {
     #[arg(value_name = "REQUEST|SLICE")]
     what: String,
     /// The user, by name or number
-    #[arg(long, value_name = "USER|UID", value_parser = user, required_unless_present = "end")]
+    #[arg(long, value_name = "USER|UID", value_parser = target::user, required_unless_present = "end")]
     uid: Option<u32>,
     /// On this GPU: index, UUID or PCI address
     #[arg(long, value_name = "GPU", value_parser = super::gpu_selector)]
@@ -71,18 +70,6 @@ fn reserved(engine: &Engine<'_>, args: &Args) -> Result<Vec<Lease>> {
         target::find_gpu(&devices, gpu)?;
     }
     Ok(engine.reserve(&cut::parse(&args.what)?, args.gpu.as_ref(), uid)?)
-}
-
-/// A user by number, or by name as this machine knows it.
-pub(super) fn user(text: &str) -> Result<u32, String> {
-    if let Ok(uid) = text.parse() {
-        return Ok(uid);
-    }
-    match User::from_name(text) {
-        Ok(Some(user)) => Ok(user.uid.as_raw()),
-        Ok(None) => Err("there is no such user here; a number will do".into()),
-        Err(error) => Err(format!("cannot look the user up: {error}")),
-    }
 }
 
 fn text(answer: &Answer) -> String {

@@ -1,6 +1,7 @@
-//! How people name GPUs and slices on a command line, and a GPU instance as documents and texts show it.
+//! How people name GPUs, slices and users on a command line, and a GPU instance as documents and texts show it.
 
 use anyhow::{Result, bail};
+use nix::unistd::User;
 use serde::Serialize;
 
 use crate::engine::Failure;
@@ -36,6 +37,18 @@ pub(super) fn find_gpus<'a>(devices: &'a [Device], names: &[String]) -> Result<V
     Ok(found)
 }
 
+/// A user by number, or by name as this machine knows it.
+pub(super) fn user(text: &str) -> Result<u32, String> {
+    if let Ok(uid) = text.parse() {
+        return Ok(uid);
+    }
+    match User::from_name(text) {
+        Ok(Some(user)) => Ok(user.uid.as_raw()),
+        Ok(None) => Err("there is no such user here; a number will do".into()),
+        Err(error) => Err(format!("cannot look the user up: {error}")),
+    }
+}
+
 /// What a name of a slice means.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found<'a> {
@@ -43,6 +56,17 @@ pub(super) struct Found<'a> {
     pub(super) instance: &'a Instance,
     /// The compute instance that was named, where it is one of several.
     pub(super) compute: Option<u32>,
+}
+
+/// Every slice on a GPU, or on all of them.
+pub(super) fn every_slice<'a>(devices: &'a [Device], gpu: Option<&GpuSelector>) -> Result<Vec<Found<'a>>> {
+    let devices: Vec<&Device> = match gpu {
+        Some(gpu) => vec![find_gpu(devices, gpu)?],
+        None => devices.iter().collect(),
+    };
+    let of =
+        |device: &'a Device| device.instances.iter().map(move |instance| Found { device, instance, compute: None });
+    Ok(devices.into_iter().flat_map(of).collect())
 }
 
 /// Whether a text names a slice that exists, rather than one that is wanted.
@@ -102,6 +126,29 @@ fn find_uuid<'a>(devices: &'a [Device], uuid: &str) -> Result<Found<'a>> {
         }
     }
     bail!(Failure::BadRequest(format!("there is no MIG slice {uuid}; migctl list shows those that are there")))
+}
+
+/// A GPU, and what the verb says of it.
+#[derive(Debug, Clone, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(super) struct Named {
+    /// NVML index.
+    pub(super) index: u32,
+    /// `GPU-…`.
+    uuid: String,
+    /// Product name.
+    name: String,
+}
+
+impl Named {
+    pub(super) fn of(device: &Device) -> Named {
+        Named { index: device.index, uuid: device.uuid.clone(), name: device.name.clone() }
+    }
+
+    /// `GPU 0 (NVIDIA A100-SXM4-80GB)`, for messages.
+    pub(super) fn label(&self) -> String {
+        format!("GPU {} ({})", self.index, self.name)
+    }
 }
 
 /// A GPU instance in the documents of the verbs that change one.
@@ -213,7 +260,7 @@ impl Shown {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{ComputeInstance, MigMode, Placement, ProfileId};
+    use crate::gpu::{ComputeInstance, Placement, ProfileId};
 
     fn devices() -> Vec<Device> {
         let compute = |id, uuid: &str| ComputeInstance { id, slices: 1, sms: 14, uuid: uuid.into() };
@@ -221,14 +268,8 @@ mod tests {
             |id, compute| Instance { id, profile: ProfileId(9), placement: Placement { start: 0, size: 4 }, compute };
         let device = |index: u32, instances| Device {
             uuid: format!("GPU-0000000{index}-0000-0000-0000-000000000000"),
-            name: "A100".into(),
-            index,
-            minor: index,
-            pci_bus_id: format!("00000000:0{index}:00.0"),
-            pci_device_id: 0,
-            mig: MigMode::On,
-            profiles: vec![],
             instances,
+            ..crate::gpu::tests::device(index)
         };
         vec![
             device(0, vec![instance(1, vec![compute(0, "MIG-a")])]),

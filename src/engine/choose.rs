@@ -307,8 +307,7 @@ impl Engine<'_> {
         };
         let by_name = matches!(want, Want::Uuid(_));
         let kept_here = |device: &Device, instance: &Instance| {
-            let here = |lease: &&Lease| lease.slices.iter().any(|s| s.is_at(&device.uuid, instance));
-            leases.iter().filter(|lease| lease.state == State::Static).find(here)
+            leases.iter().find(|lease| lease.state == State::Static && lease.is_at(&device.uuid, instance))
         };
         let instances = devices.iter().flat_map(|device| device.instances.iter().map(move |i| (device, i)));
         let mut fitting: Vec<(&Device, &Instance, Option<&Lease>)> = Vec::new();
@@ -368,12 +367,11 @@ impl Engine<'_> {
         found: &[Option<Slice>],
         uid: Option<u32>,
     ) -> Option<(Kind, String)> {
-        let same = |s: &Slice| s.is_at(&device.uuid, instance);
         let mut holders = leases.iter().filter(|lease| lease.state != State::Static);
-        if let Some(lease) = holders.find(|lease| lease.slices.iter().any(same)) {
+        if let Some(lease) = holders.find(|lease| lease.is_at(&device.uuid, instance)) {
             return Some((Kind::Held, format!("is held by {}", lease.held_by())));
         }
-        if found.iter().flatten().any(same) {
+        if found.iter().flatten().any(|slice| slice.is_at(&device.uuid, instance)) {
             return Some((Kind::Held, "is named twice".into()));
         }
         if let Some(owner) = kept.and_then(|kept| kept.reserved_for).filter(|owner| Some(*owner) != uid) {

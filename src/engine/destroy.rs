@@ -10,7 +10,7 @@ use crate::lease::{Lease, State, Step, Way};
 use crate::store::Lock;
 
 use super::cordon::stop_command;
-use super::keep::{find, is_of, name_of, slices_of};
+use super::keep::{find, name_of, slices_of};
 use super::{Engine, Failure, Obstacle, RELEASE_PAUSES, audit, audited, init_of, new_holder, obstacle};
 
 /// Why a record of what is destroyed on purpose is Releasing.
@@ -67,7 +67,7 @@ impl Engine<'_> {
         let (kept, holders): (Vec<Lease>, Vec<Lease>) = self
             .leases()?
             .into_iter()
-            .filter(|lease| is_of(lease, device, instance))
+            .filter(|lease| lease.is_at(&device.uuid, instance))
             .partition(|lease| lease.state == State::Static);
         if let Some(lease) = holders.first() {
             // It has the GPU instance whole, as whoever shares it with a rival's compute instance does.
@@ -112,8 +112,10 @@ impl Engine<'_> {
         instance: &Instance,
     ) -> Result<Option<String>, Failure> {
         let name = name_of(device, instance);
-        let holder =
-            leases.iter().filter(|lease| lease.state != State::Static).find(|lease| is_of(lease, device, instance));
+        let holder = leases
+            .iter()
+            .filter(|lease| lease.state != State::Static)
+            .find(|lease| lease.is_at(&device.uuid, instance));
         if let Some(lease) = holder {
             let init = init_of(&lease.holder).filter(|init| host::alive(*init));
             let process = init.map(|i| format!("process {} ({})", i.pid, host::process_name(i.pid)));
@@ -129,7 +131,7 @@ impl Engine<'_> {
     /// Takes one away, whoever has it.
     pub(super) fn destroy_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<Destroyed, Failure> {
         let mut holders = self.leases()?;
-        holders.retain(|lease| is_of(lease, device, instance));
+        holders.retain(|lease| lease.is_at(&device.uuid, instance));
         let kept = holders.iter().position(|lease| lease.state == State::Static).map(|at| holders.remove(at));
         // With all of its compute instances as they are now: they may be a rival's work of this minute. Releasing, since
         // what is to become of it is decided: gc goes on where we are killed.

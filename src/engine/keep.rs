@@ -20,7 +20,6 @@ impl Engine<'_> {
     pub fn create(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, start: Option<u32>) -> Result<Vec<Lease>, Failure> {
         let lock = self.lock_for_change()?;
         self.reap(&lock)?;
-        self.look_afresh(&lock);
         let devices = self.to_cut_on(cuts, gpu, start)?;
         self.create_locked(&lock, cuts, &devices, None)
     }
@@ -77,7 +76,8 @@ impl Engine<'_> {
         devices: &[Device],
         reserved_for: Option<u32>,
     ) -> Result<Vec<Lease>, Failure> {
-        let before = self.leases()?;
+        let mut before = self.leases()?;
+        self.drop_vanished(lock, devices, &mut before)?;
         let mut pending = Vec::new();
         for slices in self.planned(cuts, devices, &before)? {
             let lease = self.new_lease(&new_holder(Way::Create, std::process::id()), slices)?;
@@ -124,11 +124,11 @@ impl Engine<'_> {
         let devices = self.managed_gpus()?;
         let (device, instance) = find(&devices, gpu, gi)?;
         let name = name_of(device, instance);
-        for lease in self.leases()?.iter().filter(|lease| is_of(lease, device, instance)) {
+        for lease in self.leases()?.iter().filter(|lease| lease.is_at(&device.uuid, instance)) {
             if lease.state == State::Static {
                 return Err(Failure::NoRoom(format!("{name} is kept already")));
             }
-            if lease.slices.iter().any(|slice| slice.ours && slice.is_at(&device.uuid, instance)) {
+            if lease.has_cut(&device.uuid, instance) {
                 let who = lease.held_by();
                 return Err(Failure::NoRoom(format!("{name} was cut for {who}, and is destroyed when that ends")));
             }
@@ -180,9 +180,9 @@ impl Engine<'_> {
         }
         let lock = self.lock_for_change()?;
         self.reap(&lock)?;
-        self.look_afresh(&lock);
         let devices = self.to_cut_on(cuts, gpu, None)?;
-        let leases = self.leases()?;
+        let mut leases = self.leases()?;
+        self.drop_vanished(&lock, &devices, &mut leases)?;
         let (mut found, mut to_cut) = (Vec::new(), Vec::new());
         for cut in cuts {
             match self.free_kept(&devices, &leases, &cut.want, &found)? {
@@ -237,7 +237,7 @@ impl Engine<'_> {
     /// The record that keeps a GPU instance.
     fn kept_at(&self, device: &Device, instance: &Instance) -> Result<Lease, Failure> {
         let mut leases = self.leases()?.into_iter();
-        leases.find(|lease| lease.state == State::Static && is_of(lease, device, instance)).ok_or_else(|| {
+        leases.find(|lease| lease.state == State::Static && lease.is_at(&device.uuid, instance)).ok_or_else(|| {
             let (name, place) = (name_of(device, instance), format!("{}/{}", device.index, instance.id));
             Failure::BadRequest(format!("{name} is not kept; migctl adopt {place} gives it to mig-hook"))
         })
@@ -254,7 +254,7 @@ impl Engine<'_> {
         for device in devices {
             let Some(profile) = profile::resolve(device, want) else { continue };
             for instance in device.instances.iter().filter(|i| i.profile == profile.id && i.is_whole(profile)) {
-                let mut of_it = leases.iter().filter(|lease| is_of(lease, device, instance));
+                let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
                 let (Some(kept), None) = (of_it.next(), of_it.next()) else { continue };
                 let free = kept.state == State::Static && kept.reserved_for.is_none() && !taken.contains(kept);
                 if free && self.user_in(&device.uuid, device.minor, instance)?.is_none() {
@@ -379,11 +379,6 @@ pub(super) fn find<'a>(devices: &'a [Device], gpu: &str, gi: u32) -> Result<(&'a
 /// `GPU instance 0/7`, as every verb names it.
 pub(super) fn name_of(device: &Device, instance: &Instance) -> String {
     format!("GPU instance {}/{}", device.index, instance.id)
-}
-
-/// Whether a lease has, or keeps, that GPU instance.
-pub(super) fn is_of(lease: &Lease, device: &Device, instance: &Instance) -> bool {
-    lease.slices.iter().any(|slice| slice.is_at(&device.uuid, instance))
 }
 
 /// A GPU instance as a record has it: a slice for each compute instance, or one without.

@@ -12,7 +12,7 @@ use crate::placement::Window;
 use crate::store::Lock;
 
 use super::destroy::Destroyed;
-use super::keep::{is_of, kept, name_of, slices_of};
+use super::keep::{kept, name_of, slices_of};
 use super::mode::{Changed, Client};
 use super::{Engine, Failure, audit, new_holder};
 
@@ -214,10 +214,9 @@ impl Engine<'_> {
     }
 
     fn used(&self, leases: &[Lease], device: &Device, instance: &Instance) -> Result<Use, Failure> {
-        let mut of_it = leases.iter().filter(|lease| is_of(lease, device, instance));
+        let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
         let leaving = |lease: &&Lease| {
-            matches!(lease.state, State::Releasing | State::Quarantined)
-                && lease.slices.iter().any(|slice| slice.ours && slice.is_at(&device.uuid, instance))
+            matches!(lease.state, State::Releasing | State::Quarantined) && lease.has_cut(&device.uuid, instance)
         };
         if let Some(lease) = of_it.clone().find(leaving) {
             let (name, why) = (name_of(device, instance), lease.reason.as_deref().unwrap_or("its holder has ended"));
@@ -345,7 +344,8 @@ impl Engine<'_> {
             )));
         }
         let leases = self.leases()?;
-        let (begun, others): (Vec<Lease>, Vec<Lease>) = leases.into_iter().partition(|lease| is_of(lease, device, was));
+        let (begun, others): (Vec<Lease>, Vec<Lease>) =
+            leases.into_iter().partition(|lease| lease.is_at(&device.uuid, was));
         let record = match (&kept_by, begun.into_iter().next()) {
             (Some(kept), _) => kept.clone(),
             (None, Some(begun)) => begun,
@@ -396,7 +396,7 @@ impl Engine<'_> {
     /// left without a record.
     fn keep_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<bool, Failure> {
         let leases = self.leases()?;
-        let of_it = || leases.iter().filter(|lease| is_of(lease, device, instance));
+        let of_it = || leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
         let adopted = of_it().all(|lease| lease.state != State::Static);
         let here = |slice: &&mut Slice| slice.ours && slice.is_at(&device.uuid, instance);
         let mut holders: Vec<Lease> = of_it().filter(|lease| lease.state != State::Static).cloned().collect();
@@ -439,7 +439,7 @@ fn instances<'d>(device: &'d Device, indices: &[usize]) -> Vec<&'d Instance> {
 }
 
 fn keeps(lease: &Lease, device: &Device, instance: &Instance) -> bool {
-    lease.state == State::Static && is_of(lease, device, instance)
+    lease.state == State::Static && lease.is_at(&device.uuid, instance)
 }
 
 /// Windows of leases where no instance is: their minors are held, and what is to come there is a rival's.

@@ -77,10 +77,9 @@ impl Engine<'_> {
         for device in devices {
             for instance in &device.instances {
                 let [compute] = instance.compute.as_slice() else { continue };
-                let here = |lease: &&Lease| lease.slices.iter().any(|s| s.is_at(&device.uuid, instance));
-                let kept = leases.iter().filter(|lease| lease.state == State::Static).any(|lease| here(&lease));
-                let ours = |s: &Slice| s.ours && s.is_at(&device.uuid, instance);
-                let cut_for_one = leases.iter().flat_map(|lease| &lease.slices).any(ours);
+                let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
+                let kept = of_it.clone().any(|lease| lease.state == State::Static);
+                let cut_for_one = of_it.any(|lease| lease.has_cut(&device.uuid, instance));
                 if !kept && (cut_for_one || self.settings.foreign == Foreign::Refuse) {
                     continue;
                 }

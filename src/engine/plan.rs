@@ -575,7 +575,7 @@ impl Engine<'_> {
     ) -> Result<bool, Failure> {
         let user_of = |device: &Device, instance: &Instance| {
             let theirs = |occupant: &Occupant<'_>| match occupant {
-                Occupant::Lease(lease) => lease.slices.iter().any(|slice| slice.is_at(&device.uuid, instance)),
+                Occupant::Lease(lease) => lease.is_at(&device.uuid, instance),
                 Occupant::Foreign(..) => false,
             };
             if ending.iter().any(theirs) {
@@ -760,9 +760,8 @@ fn occupants(scene: &Scene) -> Vec<Occupant<'_>> {
     let here = |slice: &Slice| scene.devices.iter().any(|device| device.uuid == slice.gpu);
     let leases = scene.leases.iter().filter(|lease| lease.slices.iter().any(here)).map(Occupant::Lease);
     let instances = scene.devices.iter().flat_map(|device| device.instances.iter().map(move |i| (device, i)));
-    let recorded = |device: &Device, instance: &Instance| {
-        scene.leases.iter().flat_map(|lease| &lease.slices).any(|slice| slice.is_at(&device.uuid, instance))
-    };
+    let recorded =
+        |device: &Device, instance: &Instance| scene.leases.iter().any(|lease| lease.is_at(&device.uuid, instance));
     let foreign = instances.filter(|(device, i)| !recorded(device, i)).map(|(device, i)| Occupant::Foreign(device, i));
     let place = |occupant: &Occupant<'_>| {
         let (gpu, placement, kept) = match occupant {

@@ -360,3 +360,23 @@ pub trait Gpu: std::fmt::Debug {
     /// What happened between two samples of one GPU instance.
     fn utilisation(&self, before: &Sample<'_>, after: &Sample<'_>) -> Result<Utilisation, GpuError>;
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A GPU with MIG on that offers and holds nothing.
+    pub(crate) fn device(index: u32) -> Device {
+        Device {
+            uuid: format!("GPU-{index}"),
+            name: "A100".into(),
+            index,
+            minor: index,
+            pci_bus_id: format!("00000000:{index:02X}:00.0"),
+            pci_device_id: 0x20b2_10de,
+            mig: MigMode::On,
+            profiles: Vec::new(),
+            instances: Vec::new(),
+        }
+    }
+}

@@ -139,16 +139,10 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::tests::store;
     use serde_json::{Value, json};
 
     const SOON: Duration = Duration::from_millis(10);
-
-    fn store() -> (tempfile::TempDir, Store, Lock) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("state")).unwrap();
-        let lock = store.lock(Duration::ZERO).unwrap();
-        (dir, store, lock)
-    }
 
     #[test]
     fn numbers_count_on_also_when_everybody_has_left() {

@@ -252,17 +252,7 @@ mod tests {
     use crate::gpu::{ComputeInstance, Instance, Placement, ProfileId};
 
     fn seen(index: u32, mig: MigMode) -> Seen {
-        let device = Device {
-            uuid: format!("GPU-{index}"),
-            name: "NVIDIA A30".into(),
-            index,
-            minor: index,
-            pci_bus_id: String::new(),
-            pci_device_id: 0,
-            mig,
-            profiles: vec![],
-            instances: vec![],
-        };
+        let device = Device { name: "NVIDIA A30".into(), mig, ..crate::gpu::tests::device(index) };
         Seen { device, managed: true, persistence: Some(true), processes: vec![], users: vec![] }
     }
 
