@@ -6,9 +6,11 @@
 
 mod bpf;
 mod cgroup;
+mod own;
 mod program;
 
 pub use cgroup::Cgroup;
+pub use own::{Own, remove};
 
 use std::fs::File;
 use std::io::{self, Write};

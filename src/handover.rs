@@ -75,6 +75,40 @@ impl Sigpipe {
     }
 }
 
+/// Makes a child enter a cgroup before it becomes its program, and so all that it starts. `procs`: that cgroup's `cgroup.procs`,
+/// open for writing; the kernel asks whether who opened it may do this, whoever the child is by then.
+pub fn in_cgroup(command: &mut Command, procs: File) -> &mut Command {
+    // To write 0 is to name oneself (cgroups(7)).
+    let join = move || match (&procs).write(b"0")? {
+        1 => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
+    };
+    // SAFETY: between fork and exec only write(2) is called, which is async-signal-safe; no error here allocates.
+    unsafe { command.pre_exec(join) }
+}
+
+/// Has the kernel kill a child as soon as the thread that started it ends, in whatever way. It is lost again when the child's
+/// program is set-user-id or has capabilities of its own (PR_SET_PDEATHSIG(2const)).
+pub fn dies_with_us(command: &mut Command) -> &mut Command {
+    dies_with(std::process::id(), command)
+}
+
+fn dies_with(parent: u32, command: &mut Command) -> &mut Command {
+    let ask = move || {
+        // SAFETY: prctl(2) with this option takes a signal number and touches no memory.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Ended before it was asked: nobody will tell us any more.
+        match std::os::unix::process::parent_id() == parent {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    };
+    // SAFETY: between fork and exec only prctl(2) and getppid(2) are called, and no error here allocates.
+    unsafe { command.pre_exec(ask) }
+}
+
 /// Unblocks every signal: crun runs hooks with all of them blocked.
 pub fn unblock_signals() {
     // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.
@@ -200,6 +234,31 @@ mod tests {
     fn a_wrapped_environment_has_no_name_that_a_loader_reads() {
         let env: Vec<OsString> = vec!["LD_PRELOAD=/evil.so".into(), "GLIBC_TUNABLES=a=b".into()];
         assert_eq!(wrap_environment(&env), vec!["0=LD_PRELOAD=/evil.so", "1=GLIBC_TUNABLES=a=b"]);
+    }
+
+    #[test]
+    fn a_child_dies_with_the_thread_that_started_it() {
+        use std::os::unix::process::ExitStatusExt;
+        let start = || dies_with_us(Command::new("/bin/sleep").arg("60")).spawn().unwrap();
+        let mut child = std::thread::spawn(start).join().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    }
+
+    #[test]
+    fn a_child_whose_parent_is_another_by_then_does_not_start() {
+        let error = dies_with(std::process::id() + 1, &mut Command::new("/bin/true")).spawn().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+    }
+
+    #[test]
+    fn a_child_writes_itself_into_the_file_of_a_cgroup() {
+        let mut procs = tempfile::tempfile().unwrap();
+        let status = in_cgroup(&mut Command::new("/bin/true"), procs.try_clone().unwrap()).status().unwrap();
+        procs.rewind().unwrap();
+        assert_eq!((status.success(), io::read_to_string(procs).unwrap().as_str()), (true, "0"));
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let error = in_cgroup(&mut Command::new("/bin/true"), full).spawn().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "one that may not enter does not start");
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub struct Cgroup {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Version {
+pub(super) enum Version {
     One,
     Two,
 }
@@ -35,15 +35,16 @@ impl Cgroup {
         let mounts = text("/proc/self/mountinfo".into())?;
         let theirs = place(&mounts, &text(format!("/proc/{pid}/cgroup"))?);
         let ours = place(&mounts, &text("/proc/self/cgroup".into())?);
-        let Some((version, root, path)) = theirs else {
+        let Some(theirs) = theirs else {
             let missing = io::Error::other("it is not below a cgroup tree that is mounted here");
             return Err(failed(format!("find the cgroup of process {pid}"))(missing));
         };
-        if path == "/" || ours.is_some_and(|(_, _, ours)| ours == path) {
+        if theirs.below == "/" || ours.is_some_and(|ours| ours.below == theirs.below) {
             return Err(refused("it has no cgroup of its own, so no device rules of its own"));
         }
-        let dirs = own(&path, named).iter().map(|below| root.join(below.trim_start_matches('/'))).collect();
-        Ok(Cgroup { version, dirs })
+        let own = own(&theirs.below, named);
+        let dirs = own.iter().map(|below| theirs.mount.join(below.trim_start_matches('/'))).collect();
+        Ok(Cgroup { version: theirs.version, dirs })
     }
 
     /// A sentence where the rules that hold now deny nothing, whatever the config says.
@@ -88,11 +89,43 @@ impl Cgroup {
     }
 }
 
-/// Where in the mounted trees the device rules of a process hold: the text of mountinfo, the text of its /proc/PID/cgroup.
-fn place(mountinfo: &str, cgroup: &str) -> Option<(Version, PathBuf, String)> {
-    let mounts: Vec<Mount> = mountinfo.lines().filter_map(Mount::read).collect();
-    let is_v1 = |m: &&Mount| m.kind == "cgroup" && m.options.split(',').any(|o| o == "devices");
-    let version = if mounts.iter().any(|m| is_v1(&m)) { Version::One } else { Version::Two };
+/// A cgroup in the hierarchy where device rules live.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) version: Version,
+    /// Where that hierarchy, or the part of it that begins at `root`, is mounted.
+    pub(super) mount: PathBuf,
+    /// As it stands in /proc/PID/cgroup: empty for the whole of it.
+    pub(super) root: String,
+    /// Below `root`, beginning with a slash.
+    pub(super) below: String,
+}
+
+impl Place {
+    pub(super) fn dir(&self) -> PathBuf {
+        self.mount.join(self.below.trim_start_matches('/'))
+    }
+
+    /// As it stands in /proc/PID/cgroup.
+    pub(super) fn path(&self) -> String {
+        format!("{}{}", self.root, self.below)
+    }
+}
+
+/// The version of the cgroups in which device rules live, and the mounts of that hierarchy: the text of mountinfo.
+pub(super) fn hierarchy(mountinfo: &str) -> (Version, Vec<Mount<'_>>) {
+    let all = || mountinfo.lines().filter_map(Mount::read);
+    let v1: Vec<Mount> =
+        all().filter(|m| m.kind == "cgroup" && m.options.split(',').any(|option| option == "devices")).collect();
+    match v1.is_empty() {
+        false => (Version::One, v1),
+        true => (Version::Two, all().filter(|mount| mount.kind == "cgroup2").collect()),
+    }
+}
+
+/// Where the device rules of a process hold: the text of mountinfo, the text of its /proc/PID/cgroup.
+pub(super) fn place(mountinfo: &str, cgroup: &str) -> Option<Place> {
+    let (version, mounts) = hierarchy(mountinfo);
     let path = cgroup.lines().find_map(|line| {
         let (number, rest) = line.split_once(':')?;
         let (controllers, path) = rest.split_once(':')?;
@@ -102,23 +135,26 @@ fn place(mountinfo: &str, cgroup: &str) -> Option<(Version, PathBuf, String)> {
         };
         wanted.then_some(path)
     })?;
-    let of_version = |m: &&Mount| if version == Version::One { is_v1(m) } else { m.kind == "cgroup2" };
-    mounts.iter().filter(of_version).find_map(|mount| {
-        let below = path.strip_prefix(mount.root.trim_end_matches('/'))?;
-        let inside = below.starts_with('/') && !below.split('/').any(|part| part == "..");
-        inside.then(|| (version, mount.at.clone(), below.to_owned()))
-    })
+    mounts.iter().find_map(|mount| mount.place(version, path))
 }
 
 /// A line of mountinfo (proc_pid_mountinfo(5)).
-struct Mount<'a> {
-    root: &'a str,
-    at: PathBuf,
+pub(super) struct Mount<'a> {
+    pub(super) root: &'a str,
+    pub(super) at: PathBuf,
     kind: &'a str,
     options: &'a str,
 }
 
 impl Mount<'_> {
+    /// A cgroup by its path in the hierarchy, where that is in the part that is mounted here.
+    pub(super) fn place(&self, version: Version, path: &str) -> Option<Place> {
+        let root = self.root.trim_end_matches('/');
+        let below = path.strip_prefix(root)?;
+        let inside = below.starts_with('/') && !below.split('/').any(|part| part == "..");
+        inside.then(|| Place { version, mount: self.at.clone(), root: root.to_owned(), below: below.to_owned() })
+    }
+
     fn read(line: &str) -> Option<Mount<'_>> {
         let (mount, fs) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
@@ -221,7 +257,7 @@ mod tests {
     const V2: &str = "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
 
     fn found(mounts: &str, cgroup: &str) -> Option<(Version, String)> {
-        place(mounts, cgroup).map(|(version, root, path)| (version, format!("{}{path}", root.display())))
+        place(mounts, cgroup).map(|place| (place.version, place.dir().display().to_string()))
     }
 
     #[test]

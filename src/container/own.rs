@@ -1,0 +1,208 @@
+//! A cgroup that we make for bare processes: for those of `migctl run`, or for a job before its batch system starts it.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::ResolveFlag;
+
+use super::cgroup::{Place, hierarchy, place};
+use super::{ContainerError, directory, failed, own_directory, refused};
+
+/// What the names of our cgroups begin with, so that none of anybody else's is taken away.
+const PREFIX: &str = "mig-hook-";
+
+/// A cgroup of bare processes, in the hierarchy where device rules live.
+#[derive(Debug)]
+pub struct Own {
+    place: Place,
+}
+
+impl Own {
+    /// Makes `mig-hook-TOKEN` in the cgroup that we are in ourselves, whose limits hold for it too.
+    pub fn make(token: &str) -> Result<Own, ContainerError> {
+        let ours = read("/proc/self/cgroup")?;
+        let Some(ours) = place(&mountinfo()?, &ours) else {
+            return Err(refused("no cgroup tree with device rules is mounted here in which we are"));
+        };
+        let below = format!("{}/{PREFIX}{token}", ours.below.trim_end_matches('/'));
+        Own::at_place(Place { below, ..ours })
+    }
+
+    /// The cgroup at `path`, made where it is missing, and those above it. `path` is either that of its directory or, if
+    /// nothing is mounted there, the one by which its processes will know it (/proc/PID/cgroup).
+    pub fn at(path: &Path) -> Result<Own, ContainerError> {
+        Own::at_place(named(&mountinfo()?, path)?)
+    }
+
+    fn at_place(place: Place) -> Result<Own, ContainerError> {
+        let make = || -> io::Result<File> {
+            let top = directory(File::open("/")?, &place.mount, ResolveFlag::RESOLVE_NO_SYMLINKS)?;
+            place.below.split('/').filter(|name| !name.is_empty()).try_fold(top, |dir, name| own_directory(&dir, name))
+        };
+        make().map_err(failed(format!("make the cgroup {}", place.dir().display())))?;
+        Ok(Own { place })
+    }
+
+    /// As it stands in the /proc/PID/cgroup of its processes.
+    pub fn path(&self) -> String {
+        self.place.path()
+    }
+
+    /// Its `cgroup.procs`, for [`crate::handover::in_cgroup`].
+    pub fn procs(&self) -> Result<File, ContainerError> {
+        let file = self.place.dir().join("cgroup.procs");
+        File::options().write(true).open(&file).map_err(failed(format!("open {}", file.display())))
+    }
+
+    /// Takes it away. `false`: a process or a cgroup is still in it. One that has gone is no error.
+    pub fn remove(&self) -> Result<bool, ContainerError> {
+        remove_directory(&self.place.dir())
+    }
+}
+
+/// Takes away an [`Own::make`] cgroup that was left behind, by its [`Own::path`]. `false`: a process or a cgroup is still in it.
+/// One that has gone is no error, one with a name that is not ours is.
+pub fn remove(path: &str) -> Result<bool, ContainerError> {
+    let place = named(&mountinfo()?, Path::new(path))?;
+    match place.below.rsplit('/').next().is_some_and(|name| name.starts_with(PREFIX)) {
+        true => remove_directory(&place.dir()),
+        false => Err(refused(format!("the cgroup {path} is not called {PREFIX}…: it is left to whoever made it"))),
+    }
+}
+
+fn remove_directory(dir: &Path) -> Result<bool, ContainerError> {
+    match fs::remove_dir(dir) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+        Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(false),
+        Err(error) => Err(failed(format!("remove the cgroup {}", dir.display()))(error)),
+    }
+}
+
+/// The cgroup that someone names by its directory or by its path in the hierarchy.
+fn named(mountinfo: &str, path: &Path) -> Result<Place, ContainerError> {
+    let path: PathBuf = path.components().collect(); // without what means nothing, as a slash at the end
+    let shown = path.display();
+    let plain = |part: Component| matches!(part, Component::RootDir | Component::Normal(_));
+    let Some(text) = path.to_str().filter(|_| path.is_absolute() && path.components().all(plain)) else {
+        return Err(refused(format!("{shown} names no cgroup: it must begin with / and have no .. in it")));
+    };
+    let (version, mounts) = hierarchy(mountinfo);
+    let by_directory = mounts.iter().find_map(|mount| Some((mount, path.strip_prefix(&mount.at).ok()?.to_str()?)));
+    let found = match by_directory {
+        Some((mount, below)) => mount.place(version, &format!("{}/{below}", mount.root.trim_end_matches('/'))),
+        // Another hierarchy, or the file system above them all.
+        None if mounts.iter().any(|mount| first(&mount.at) == first(&path)) => None,
+        None => mounts.iter().find_map(|mount| mount.place(version, text)),
+    };
+    let Some(found) = found else {
+        let at: Vec<String> = mounts.iter().map(|mount| mount.at.display().to_string()).collect();
+        return Err(refused(match at.is_empty() {
+            true => "no cgroup tree with device rules is mounted here".into(),
+            false => format!("{shown} is not below {}, where cgroups have device rules", at.join(" or ")),
+        }));
+    };
+    match found.below.trim_matches('/').is_empty() {
+        true => Err(refused(format!("{shown} is the whole cgroup tree, not one cgroup in it"))),
+        false => Ok(found),
+    }
+}
+
+fn first(path: &Path) -> Option<Component<'_>> {
+    path.components().nth(1)
+}
+
+fn mountinfo() -> Result<String, ContainerError> {
+    read("/proc/self/mountinfo")
+}
+
+fn read(path: &str) -> Result<String, ContainerError> {
+    fs::read_to_string(path).map_err(failed(format!("read {path}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    use crate::{handover, host};
+
+    const V1: &str = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+                      35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n\
+                      36 31 0:33 / /sys/fs/cgroup/devices rw,relatime shared:9 - cgroup cgroup rw,devices\n\
+                      41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+    const PART: &str = "41 31 0:38 /pod /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+
+    /// Path and directory.
+    fn found(mounts: &str, name: &str) -> Result<(String, PathBuf), String> {
+        named(mounts, Path::new(name)).map(|place| (place.path(), place.dir())).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_cgroup_is_named_by_its_directory_or_by_its_path_in_the_hierarchy() {
+        let there = Ok(("/slurm/job_15".into(), "/sys/fs/cgroup/devices/slurm/job_15".into()));
+        for name in ["/slurm/job_15", "/slurm/job_15/", "/sys/fs/cgroup/devices/slurm/job_15"] {
+            assert_eq!(found(V1, name), there, "{name}");
+        }
+        let there = Ok(("/pod/a/b".into(), "/sys/fs/cgroup/a/b".into()));
+        for name in ["/pod/a/b", "/sys/fs/cgroup/a/b", "//pod/a/./b"] {
+            assert_eq!(found(PART, name), there, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_cgroup_with_device_rules_is_refused() {
+        for name in ["slurm", "", "/a/../b", "/sys/fs/cgroup/devices/../memory/a"] {
+            assert!(found(V1, name).unwrap_err().contains("must begin with /"), "{name}");
+        }
+        for name in ["/sys/fs/cgroup/memory/a", "/sys/fs/cgroup/a", "/sys", "/sys/fs/cgroup/unified/a"] {
+            assert!(found(V1, name).unwrap_err().contains("is not below /sys/fs/cgroup/devices"), "{name}");
+        }
+        for name in ["/", "/sys/fs/cgroup/devices", "/sys/fs/cgroup/devices/"] {
+            assert!(found(V1, name).unwrap_err().contains("the whole cgroup tree"), "{name}");
+        }
+        assert!(found(PART, "/podium/a").unwrap_err().contains("is not below /sys/fs/cgroup"));
+        assert!(found("", "/a").unwrap_err().contains("no cgroup tree"));
+    }
+
+    /// `None`, and noted, where we may make no cgroup.
+    fn own(name: &str) -> Option<Own> {
+        let token = format!("test-{name}-{}", std::process::id());
+        Own::make(&token).inspect_err(|error| eprintln!("SKIP: no cgroup can be made here: {error}")).ok()
+    }
+
+    #[test]
+    fn a_child_lives_in_it_and_it_goes_when_empty() {
+        let Some(own) = own("child") else { return };
+        let mut sleep = Command::new("/bin/sleep");
+        let mut child = handover::in_cgroup(sleep.arg("60"), own.procs().unwrap()).spawn().unwrap();
+        assert_eq!(host::processes_in(&own.path()), [child.id()]);
+        assert!(!own.remove().unwrap() && !remove(&own.path()).unwrap(), "a process is in it");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(own.remove().unwrap() && !own.place.dir().exists());
+        assert!(own.remove().unwrap() && remove(&own.path()).unwrap(), "one that has gone is no error");
+    }
+
+    #[test]
+    fn one_that_was_left_behind_goes_by_its_path_unless_it_is_somebody_elses() {
+        let Some(own) = own("left") else { return };
+        let theirs = Own::at(Path::new(&format!("{}/theirs/inner", own.path()))).unwrap();
+        assert!(theirs.place.dir().join("cgroup.procs").exists());
+        assert!(!remove(&own.path()).unwrap(), "a cgroup is in it");
+        let error = remove(&theirs.path()).unwrap_err().to_string();
+        assert!(error.contains("is left to whoever made it"), "{error}");
+        assert!(Own::at(&theirs.place.dir()).unwrap().remove().unwrap(), "made already, and named by its directory");
+        fs::remove_dir(theirs.place.dir().parent().unwrap()).unwrap();
+        assert!(remove(&own.path()).unwrap() && !own.place.dir().exists());
+    }
+
+    #[test]
+    fn a_file_of_the_kernel_is_no_cgroup() {
+        let Some(own) = own("file") else { return };
+        let error = Own::at(&own.place.dir().join("cgroup.procs/x")).unwrap_err().to_string();
+        assert!(own.remove().unwrap());
+        assert!(error.contains("cgroup.procs is a link or a file"), "{error}");
+    }
+}
