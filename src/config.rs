@@ -30,6 +30,7 @@ struct Fragment {
     log: LogFragment,
     cdi: CdiFragment,
     queue: QueueFragment,
+    jobs: JobsFragment,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -96,8 +97,15 @@ struct QueueFragment {
     length: Option<u32>,
 }
 
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct JobsFragment {
+    confine: bool,
+    wait: Option<String>,
+}
+
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 22] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -118,6 +126,8 @@ const KEYS: [&str; 20] = [
     "queue.overtakes",
     "queue.max_wait",
     "queue.length",
+    "jobs.confine",
+    "jobs.wait",
 ];
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
@@ -179,6 +189,10 @@ pub struct Settings {
     pub max_wait: Duration,
     /// Requests that may wait at the same time (`queue.length`).
     pub queue_length: u32,
+    /// Whether a command or a job is kept from opening other slices than its own (`jobs.confine`).
+    pub confine: bool,
+    /// How long a job waits for room when it starts (`jobs.wait`).
+    pub job_wait: Duration,
     /// The uid outside of one who is root in a user namespace only: no setting. Then state is the user's own, and what is
     /// root's to write, audit file and CDI spec, is left out.
     pub rootless: Option<u32>,
@@ -270,7 +284,8 @@ impl Settings {
     }
 
     fn from_fragment(fragment: Fragment) -> Result<Settings, String> {
-        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi, queue } = fragment;
+        let Fragment { state_dir, driver, runtime, limits, slices, placement, requests, log, cdi, queue, jobs } =
+            fragment;
         let default = Settings::under(absolute("driver.root", driver.root)?.unwrap_or_else(|| "/".into()));
         let one_of = |key: &str, value: Option<String>, default: String, valid: &[&str]| match value {
             None => Ok(default),
@@ -304,8 +319,10 @@ impl Settings {
             audit_file: roots(absolute("log.audit_file", log.audit_file)?),
             cdi_spec: roots(spec_file(absolute("cdi.spec", cdi.spec)?)?),
             overtakes: queue.overtakes,
-            max_wait: queue.max_wait.as_deref().map(max_wait).transpose()?.unwrap_or(default.max_wait),
+            max_wait: time("queue.max_wait", queue.max_wait)?.unwrap_or(default.max_wait),
             queue_length: queue.length.unwrap_or(default.queue_length),
+            confine: jobs.confine,
+            job_wait: time("jobs.wait", jobs.wait)?.unwrap_or(default.job_wait),
         })
     }
 
@@ -333,6 +350,8 @@ impl Settings {
             overtakes: None,
             max_wait: Duration::from_secs(3600),
             queue_length: 1000,
+            confine: false,
+            job_wait: Duration::ZERO,
             rootless: first::rootless(),
         }
     }
@@ -352,9 +371,11 @@ fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String>
     }
 }
 
-fn max_wait(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|e| format!("queue.max_wait = \"{text}\" is no time, as 30s, 5m or 1h: {e}"))
+fn time(key: &str, text: Option<String>) -> Result<Option<Duration>, String> {
+    let parse = |text: String| {
+        humantime::parse_duration(&text).map_err(|e| format!("{key} = \"{text}\" is no time, as 30s, 5m or 1h: {e}"))
+    };
+    text.map(parse).transpose()
 }
 
 /// Engines read nothing else in their CDI directories.

@@ -4,6 +4,7 @@
 //! answers are plain values; nothing here knows an engine or a hook stage.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::config::{ConfigError, Settings};
+use crate::container::{self, ContainerError};
 use crate::first::index_name;
 use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
 use crate::host::{self, Host, HostError, PidFile, ProcessId};
@@ -22,6 +24,7 @@ use crate::store::{Lock, Store, StoreError};
 mod choose;
 mod cordon;
 mod destroy;
+mod job;
 mod keep;
 mod layout;
 mod mode;
@@ -93,6 +96,9 @@ pub enum Failure {
     /// This installation is not whole.
     #[error(transparent)]
     Setup(#[from] ConfigError),
+    /// The cgroup of a command or a job is not as it should be.
+    #[error(transparent)]
+    Cgroup(#[from] ContainerError),
     /// A CDI spec can't be written.
     #[error("cannot write the CDI spec {path}: {source}")]
     Spec {
@@ -189,10 +195,16 @@ impl<'a> Engine<'a> {
         Engine { settings, store: Store::at(&settings.state_dir), host: host_of(settings), gpu }
     }
 
-    /// Gives what `request` asks for to `holder`, all of it or nothing.
+    /// Gives what `request` asks for to `holder`, all of it or nothing. Who waits in line for it does so as long as the
+    /// process lives that has started this one.
     pub fn acquire(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+        self.acquire_unless(request, holder, None)
+    }
+
+    /// The same, but it is `cancel` that ends the wait, by being readable.
+    pub fn acquire_unless(&self, request: &Request, holder: &Holder, cancel: Option<File>) -> Result<Lease, Failure> {
         let allowed = self.check_limits(request).map_err(Failure::from);
-        let outcome = allowed.and_then(|()| self.acquire_in_turn(request, holder));
+        let outcome = allowed.and_then(|()| self.acquire_in_turn(request, holder, cancel));
         match &outcome {
             Ok(lease) => audit_grant(request, lease),
             Err(failure) => audit_refusal(holder, Some(request), &failure.to_string()),
@@ -406,6 +418,7 @@ impl<'a> Engine<'a> {
             self.store.begin_boot(&lock, &host::boot_id()?)?;
             let mut actions = self.reap(&lock)?;
             actions.extend(self.look_afresh(&lock));
+            self.forget_refusals(&lock)?;
             self.living_tickets(&lock)?;
             drop(lock);
             let busy = actions.iter().any(|action| action.result == "busy");
@@ -460,10 +473,17 @@ impl<'a> Engine<'a> {
         leases_in(&self.store)
     }
 
-    /// A shim's lease learns its init from the pid file that the runtime wrote. True when it did.
+    /// A shim's lease learns its init from the pid file that the runtime wrote, that of a command or a job from what is
+    /// alive of it. True when it did.
     fn learn_init(&self, lease: &mut Lease) -> bool {
         let holder = &mut lease.holder;
-        if !matches!(lease.state, State::Active | State::Quarantined) || holder.init.is_some() {
+        if !matches!(lease.state, State::Active | State::Quarantined) {
+            return false;
+        }
+        if holder.way.is_bare() {
+            return job::learn_member(holder);
+        }
+        if holder.init.is_some() {
             return false;
         }
         let Some(file) = written_pid_file(holder) else { return false };
@@ -488,7 +508,8 @@ impl<'a> Engine<'a> {
             None => Init::Unknown,
         };
         // Looking through every process is for the few leases whose end depends on it.
-        let unsure = init == Init::Dead || (lease.state == State::Quarantined && init != Init::Alive);
+        let on_its_own = lease.state == State::Quarantined || holder.way.is_bare();
+        let unsure = init == Init::Dead || (on_its_own && init != Init::Alive);
         Facts {
             announced: self.store.announced(&lease.token),
             owner_alive: holder.owner.is_some_and(host::alive),
@@ -502,7 +523,9 @@ impl<'a> Engine<'a> {
     fn held(&self, lease: &Lease) -> bool {
         let in_cgroup = lease.holder.cgroup.as_deref().is_some_and(|c| !host::processes_in(c).is_empty());
         let minors: BTreeSet<u32> = lease.minors().collect();
-        in_cgroup || self.host.majors().is_ok_and(|m| !host::holders_of(m.caps, &minors).is_empty())
+        in_cgroup
+            || self.store.is_held(&lease.token)
+            || self.host.majors().is_ok_and(|m| !host::holders_of(m.caps, &minors).is_empty())
     }
 
     /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The
@@ -618,11 +641,16 @@ impl<'a> Engine<'a> {
         if matches!(slice.step, Step::Planned | Step::Gone) {
             return Ok(ToDestroy::Nothing);
         }
-        if !slice.ours {
-            // It stays, and the next one must find nobody in it.
+        if !slice.ours || lease.holder.way.is_bare() {
+            // The next one must find nobody in it. Of a container the runtime has seen to that.
             let who = lease.held_by();
             let busy = || ToDestroy::Not(Obstacle::Busy(format!("a process of {who} still lives or has it open")));
-            return Ok(if self.held(lease) { busy() } else { ToDestroy::Nothing });
+            if self.held(lease) {
+                return Ok(busy());
+            }
+            if !slice.ours {
+                return Ok(ToDestroy::Nothing);
+            }
         }
         let Some(instance) = self.still_ours(lease, at)? else { return Ok(ToDestroy::Nothing) };
         if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
@@ -672,6 +700,18 @@ impl<'a> Engine<'a> {
     fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
         if lease.reserved_for.is_some() {
             self.open_nodes_or_warn(lease);
+        }
+        if let Some(key) = &lease.holder.job {
+            // A later job of the same number has its own.
+            let of_another = |other: &Lease| other.token != lease.token && other.holder.job.as_ref() == Some(key);
+            if !self.leases()?.iter().any(of_another) {
+                self.store.unpublish(lock, key)?;
+            }
+        }
+        if let Some(path) = lease.holder.cgroup.as_deref().filter(|_| lease.holder.way == Way::Run)
+            && let Err(error) = container::remove(path)
+        {
+            tracing::warn!("a cgroup is left behind: {error}");
         }
         self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
         audit_release(lease);
@@ -808,7 +848,7 @@ fn audited(lease: &Lease) -> Value {
 fn audit(event: &str, holder: &Holder, mut more: Value) {
     let who = json!({
         "event": event, "time_ms": host::wall_ms(), "container": holder.container, "image": holder.image,
-        "uid": holder.uid, "way": holder.way, "boot": host::boot_id().ok(),
+        "job": holder.job, "command": holder.command, "uid": holder.uid, "way": holder.way, "boot": host::boot_id().ok(),
     });
     if let (Some(line), Value::Object(who)) = (more.as_object_mut(), who) {
         let rest = std::mem::replace(line, who);

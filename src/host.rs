@@ -162,6 +162,12 @@ impl Host {
         self.access(&format!("gpu{gpu}/mig/gi{gi}/ci{ci}/access"))
     }
 
+    /// Minors of all capabilities of MIG that the driver may ever give, those of configuration and monitoring among them.
+    pub fn capability_minors(&self) -> Result<Vec<u32>, HostError> {
+        let text = read(&self.proc_root.join("driver/nvidia-caps/mig-minors"))?;
+        Ok(text.lines().filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).collect())
+    }
+
     fn access(&self, relative: &str) -> Result<u32, HostError> {
         let path = self.proc_root.join("driver/nvidia/capabilities").join(relative);
         access_minor(&read(&path)?).ok_or_else(|| HostError::Content {
@@ -274,6 +280,15 @@ pub fn process_name(pid: u32) -> String {
     name.trim().chars().filter(|c| !c.is_control()).collect()
 }
 
+/// A living process of root's whose command line begins so. Others can call themselves what they like.
+pub fn process_called(beginning: &str) -> Option<ProcessId> {
+    let is_it = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.starts_with(beginning.as_bytes()) && fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == 0)
+    };
+    pids().into_iter().filter(is_it).find_map(process)
+}
+
 /// Program file of a process: what it runs, else what it was called by (crun runs from a sealed copy of itself, and its
 /// engine calls it by an absolute path).
 pub fn program(pid: u32) -> Option<PathBuf> {
@@ -293,6 +308,11 @@ pub fn user(pid: u32) -> Option<u32> {
 pub fn user_name(uid: u32) -> Option<String> {
     let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok()??;
     Some(user.name).filter(|name| !name.chars().any(char::is_control))
+}
+
+/// The own group of a user, where the machine knows that user.
+pub fn group_of(uid: u32) -> Option<u32> {
+    Some(nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid)).ok()??.gid.as_raw())
 }
 
 /// Mount namespace of a process, as `mnt:[4026531841]`.

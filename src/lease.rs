@@ -14,6 +14,9 @@ pub const VERSION: u64 = 1;
 /// Milliseconds after which a slice whose container never bound it is freed, even if its owner lives on (podman as a
 /// service does). A later createRuntime with that token fails.
 pub const UNBOUND_LIMIT_MS: u64 = 120_000;
+/// Milliseconds for which a job of which no process was seen yet is taken for one that its batch system is about to start:
+/// other prologs may take their time (Slurm's own limit, PrologEpilogTimeout, is off by default).
+pub const JOB_START_LIMIT_MS: u64 = 600_000;
 /// Milliseconds between the two looks that must both find the bundle of a never-started container gone.
 pub const ORPHAN_WAIT_MS: u64 = 60_000;
 
@@ -85,9 +88,21 @@ pub enum Way {
     Create,
     /// `migctl adopt` was given it: it was there before us.
     Adopt,
+    /// `migctl run`: a command and its descendants.
+    Run,
+    /// `migctl job start`, and Slurm's Prolog: a job of a batch system.
+    Job,
 }
 
-/// The container, as far as it is known yet.
+impl Way {
+    /// Whether processes of the host have the slice, and no container: nothing of ours is called when they end, and they
+    /// may leave some behind that still have it.
+    pub fn is_bare(self) -> bool {
+        matches!(self, Way::Run | Way::Job)
+    }
+}
+
+/// The container, process or job, as far as it is known yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
@@ -109,7 +124,8 @@ pub struct Holder {
     pub pid_file_before: Option<String>,
     /// The process on whose behalf it was made.
     pub owner: Option<ProcessId>,
-    /// The container's first process, once known.
+    /// The container's first process, once known. Of a job or a command: one of its processes that was alive when last
+    /// looked at.
     pub init: Option<ProcessId>,
     /// Its cgroup in the hierarchy of the device rules; the end of that path until init is known.
     pub cgroup: Option<String>,
@@ -117,8 +133,18 @@ pub struct Holder {
     pub mount_namespace: Option<String>,
     /// Image name, where the engine tells it.
     pub image: Option<String>,
-    /// Login uid of the owner.
+    /// Login uid of the owner; the user of a job.
     pub uid: Option<u32>,
+    /// Of a job: its key, as `slurm:CLUSTER:ID`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<String>,
+    /// Of a job: the beginning of the command line of those processes of root that stand for it (`slurmstepd: [15.`), where
+    /// it has no cgroup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sign: Option<String>,
+    /// Of a command: its program's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
     /// Milliseconds since boot when the bundle was first found missing while init lived.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle_missing_boot_ms: Option<u64>,
@@ -200,8 +226,34 @@ impl Holder {
             mount_namespace: None,
             image: None,
             uid: None,
+            job: None,
+            sign: None,
+            command: None,
             bundle_missing_boot_ms: None,
         }
+    }
+
+    /// Who it is, for messages: `container 3f0a…`, `job slurm:mini:15`, `train.py (process 4242)`. `None`: not known yet.
+    pub fn name(&self) -> Option<String> {
+        if let Some(id) = &self.container {
+            return Some(format!("container {}", short(id)));
+        }
+        if let Some(key) = &self.job {
+            return Some(format!("job {key}"));
+        }
+        let process = self.init.or(self.owner).filter(|_| self.way == Way::Run)?;
+        let command = self.command.as_deref().unwrap_or("a command");
+        Some(format!("{command} (process {})", process.pid))
+    }
+
+    /// Whether it can be seen that a job is alive. What nobody could see ends only when it is said.
+    pub fn is_observable(&self) -> bool {
+        self.init.is_some() || self.cgroup.is_some() || self.sign.is_some()
+    }
+
+    /// Who is about to have it, for messages: its name, or `a container being created`.
+    pub fn name_of_beginner(&self) -> String {
+        self.name().unwrap_or_else(|| "a container being created".into())
     }
 }
 
@@ -295,10 +347,10 @@ impl Lease {
 
     /// Who holds it, for messages: `container 3f0a…` or `a container being created`.
     pub fn held_by(&self) -> String {
-        match (&self.holder.container, self.state) {
-            (Some(id), _) => format!("container {}", short(id)),
+        match (self.holder.name(), self.state) {
+            (Some(name), _) => name,
             (None, State::Static) => "migctl".into(),
-            (None, State::Pending | State::Active) => "a container being created".into(),
+            (None, State::Pending | State::Active) => self.holder.name_of_beginner(),
             (None, State::Releasing | State::Quarantined) => "a container that has ended".into(),
         }
     }
@@ -332,7 +384,7 @@ pub struct Facts {
     pub owner_alive: bool,
     /// The container's first process.
     pub init: Init,
-    /// A living process is in the cgroup, or has one of the minors open.
+    /// A living process is in the cgroup, has one of the minors open, or is of the tree of `migctl run`.
     pub held: bool,
     /// The bundle directory is there.
     pub bundle_exists: bool,
@@ -361,13 +413,41 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
         }
         // Its create may be under way: the container that comes of it has these minors.
         State::Quarantined if facts.init == Init::Unknown && is_awaited(lease, facts) => {
-            return Verdict::Keep("quarantined, and its container is being created");
+            return Verdict::Keep("quarantined, and its holder is being started");
         }
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
         State::Static => return Verdict::Keep("kept until migctl destroys it"),
-        State::Active if facts.announced => return Verdict::Free("its container has ended"),
+        State::Active if facts.announced => return Verdict::Free("its holder has ended"),
         State::Active => {}
     }
+    match lease.holder.way {
+        Way::Run => of_command(facts),
+        Way::Job => of_job(lease, facts),
+        _ => of_container(lease, facts),
+    }
+}
+
+fn of_command(facts: Facts) -> Verdict {
+    match facts.init {
+        Init::Alive => Verdict::Keep("its command is running"),
+        _ if facts.owner_alive => Verdict::Keep("its command is running"),
+        _ if facts.held => Verdict::Keep("a process that its command has left behind is alive"),
+        _ => Verdict::Free("its command has ended"),
+    }
+}
+
+fn of_job(lease: &Lease, facts: Facts) -> Verdict {
+    match facts.init {
+        Init::Alive => Verdict::Keep("its job is running"),
+        _ if facts.held => Verdict::Keep("its job has ended, but a process still has its devices open"),
+        Init::Dead => Verdict::Free("its job has ended"),
+        Init::Unknown if !lease.holder.is_observable() => Verdict::Keep("kept until migctl job end"),
+        Init::Unknown if facts.age_ms <= JOB_START_LIMIT_MS => Verdict::Keep("its job is being started"),
+        Init::Unknown => Verdict::Free("no process of its job was seen for 10 minutes"),
+    }
+}
+
+fn of_container(lease: &Lease, facts: Facts) -> Verdict {
     match facts.init {
         Init::Alive if facts.bundle_exists || facts.owner_alive => Verdict::Keep("its container is alive"),
         Init::Alive => Verdict::Orphan,
@@ -483,6 +563,52 @@ pub(crate) mod tests {
             };
             assert_eq!(letter, expected, "{state:?} {way:?} owner {owner} {init:?} bundle {bundle}: {verdict:?}");
         }
+    }
+
+    #[test]
+    fn the_table_of_verdicts_for_commands_and_jobs() {
+        use Init::{Alive, Dead, Unknown};
+        let none = Holder::new(Way::Job);
+        let seen = |way| Holder { cgroup: Some("/job_15".into()), ..Holder::new(way) };
+        let late = JOB_START_LIMIT_MS + 1;
+        let cases = [
+            // holder, state, announced, owner, init, held, age → K(eep) or F(ree)
+            (seen(Way::Run), State::Active, false, true, Unknown, false, late, 'K'),
+            (seen(Way::Run), State::Active, false, false, Alive, false, late, 'K'),
+            (seen(Way::Run), State::Active, false, false, Dead, true, late, 'K'),
+            (seen(Way::Run), State::Active, false, false, Unknown, true, 0, 'K'),
+            (seen(Way::Run), State::Active, false, false, Dead, false, 0, 'F'),
+            (seen(Way::Run), State::Active, false, false, Unknown, false, 0, 'F'),
+            (seen(Way::Run), State::Active, true, true, Alive, true, 0, 'F'),
+            (seen(Way::Run), State::Quarantined, false, true, Unknown, false, late, 'K'),
+            (seen(Way::Job), State::Active, false, false, Unknown, false, JOB_START_LIMIT_MS, 'K'),
+            (seen(Way::Job), State::Active, false, false, Unknown, false, late, 'F'),
+            (seen(Way::Job), State::Active, false, false, Unknown, true, late, 'K'),
+            (seen(Way::Job), State::Active, false, false, Alive, false, late, 'K'),
+            (seen(Way::Job), State::Active, false, false, Dead, false, 0, 'F'),
+            (seen(Way::Job), State::Active, false, false, Dead, true, late, 'K'),
+            (seen(Way::Job), State::Active, true, false, Alive, true, 0, 'F'),
+            (seen(Way::Job), State::Quarantined, false, false, Unknown, false, 0, 'K'),
+            (seen(Way::Job), State::Quarantined, false, false, Unknown, false, late, 'F'),
+            (none.clone(), State::Quarantined, false, false, Unknown, false, late, 'K'),
+            (none, State::Active, false, false, Unknown, false, late, 'K'),
+        ];
+        for (holder, state, announced, owner_alive, init, held, age_ms, expected) in cases {
+            let facts = Facts { announced, owner_alive, init, held, bundle_exists: true, age_ms };
+            let lease = Lease { holder, ..lease(state, Way::Job) };
+            let letter = if matches!(verdict(&lease, facts), Verdict::Keep(_)) { 'K' } else { 'F' };
+            assert_eq!(letter, expected, "{:?} {state:?} owner {owner_alive} {init:?} held {held}", lease.holder);
+        }
+    }
+
+    #[test]
+    fn a_holder_is_named_by_what_is_known_of_it() {
+        let process = Some(ProcessId { pid: 42, start: 1 });
+        let run = Holder { owner: process, command: Some("train.py".into()), ..Holder::new(Way::Run) };
+        assert_eq!(run.name().as_deref(), Some("train.py (process 42)"));
+        let job = Holder { init: process, job: Some("slurm:mini:15".into()), ..Holder::new(Way::Job) };
+        assert_eq!(job.name().as_deref(), Some("job slurm:mini:15"));
+        assert_eq!(Holder { owner: process, ..Holder::new(Way::Precreate) }.name(), None);
     }
 
     #[test]

@@ -8,8 +8,8 @@
 //! bin/       mig-hook, mig-runtime (first stages, over `first` alone), mig-engine, migctl
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
-//! pure       request  cut  profile  placement  lease  queue  inventory      no file, no process, no clock
-//!            layout  mig_parted  edits  cdi  history  metrics
+//! pure       request  cut  profile  placement  lease  job  slurm            no file, no process, no clock
+//!            queue  inventory  layout  mig_parted  edits  cdi  history  metrics
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
 //!            cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
@@ -55,6 +55,8 @@ pub mod host;
 #[cfg(feature = "engine")]
 pub mod inventory;
 #[cfg(feature = "engine")]
+pub mod job;
+#[cfg(feature = "engine")]
 pub mod layout;
 #[cfg(feature = "engine")]
 pub mod lease;
@@ -78,5 +80,7 @@ pub mod request;
 pub mod runtime;
 #[cfg(feature = "engine")]
 pub mod shim;
+#[cfg(feature = "engine")]
+pub mod slurm;
 #[cfg(feature = "engine")]
 pub mod store;

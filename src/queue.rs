@@ -62,10 +62,7 @@ impl Ticket {
 
     /// Who waits, for messages: `container 3f0a…`.
     pub fn held_by(&self) -> String {
-        match &self.holder.container {
-            Some(id) => format!("container {}", crate::lease::short(id)),
-            None => "a container being created".into(),
-        }
+        self.holder.name_of_beginner()
     }
 }
 

@@ -70,6 +70,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::Gpu(gpu) => return code_of(gpu),
             Failure::Store(store) => return code_of(store),
             Failure::Setup(setup) => return code_of(setup),
+            Failure::Cgroup(cgroup) => return code_of(cgroup),
             Failure::Spec { .. } => Exit::Io,
         });
     }

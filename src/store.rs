@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 mod line;
+mod public;
 
 pub use line::{Bell, Rung};
 
@@ -61,7 +62,9 @@ pub enum StoreError {
         holder: String,
     },
     /// The directory could be changed by others.
-    #[error("state directory {path} belongs to uid {uid} with mode {mode:04o}; it must be ours with mode 0700")]
+    #[error(
+        "state directory {path} belongs to uid {uid} with mode {mode:04o}; it must be ours, with mode 0700 or 0711"
+    )]
     Unsafe {
         /// The directory.
         path: String,
@@ -93,7 +96,7 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 impl Store {
     /// Opens the directory, making it (0700) where it is missing.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        for sub in ["", "leases", "index", "intents", "queue"] {
+        for sub in ["", "leases", "index", "intents", "queue", "holders"] {
             let path = dir.join(sub);
             match DirBuilder::new().recursive(sub.is_empty()).mode(0o700).create(&path) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io_error("create", &path)(e)),
@@ -101,7 +104,7 @@ impl Store {
             }
         }
         let meta = dir.metadata().map_err(io_error("read", dir))?;
-        if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o077 != 0 {
+        if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o066 != 0 {
             let mode = meta.mode() & 0o7777;
             return Err(StoreError::Unsafe { path: dir.display().to_string(), uid: meta.uid(), mode });
         }
@@ -181,11 +184,14 @@ impl Store {
             Some(kept) if kept == boot_id => return Ok(()),
             None => {}
             Some(_) => {
-                for sub in ["leases", "index", "intents", "queue"] {
+                for sub in ["leases", "index", "intents", "queue", "holders"] {
                     let dir = self.dir.join(sub);
                     for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
                         fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
                     }
+                }
+                for key in self.publications()? {
+                    self.unpublish(lock, &key)?;
                 }
                 self.unlink(lock, &self.dir.join("cordons.json"))?;
             }
@@ -229,6 +235,7 @@ impl Store {
         // The record goes last: while it is there, what a killed run left is found.
         self.unlink(lock, &self.intent(token, "ready"))?;
         self.unlink(lock, &self.intent(token, "released"))?;
+        self.unlink(lock, &self.holder(token))?;
         self.unlink(lock, &self.lease(token))?;
         self.ring();
         Ok(())
@@ -283,6 +290,29 @@ impl Store {
     /// Whether the end of that token's holder was announced.
     pub fn announced(&self, token: &str) -> bool {
         self.intent(token, "released").exists()
+    }
+
+    fn holder(&self, token: &str) -> PathBuf {
+        self.dir.join("holders").join(token)
+    }
+
+    /// A descriptor that says, as long as any process has it open, that the holder of `token` is alive: a flock(2), which
+    /// belongs to what is inherited and not to a process. The file is made once and never replaced. Close-on-exec: who hands
+    /// it on takes that off.
+    pub fn hold(&self, token: &str) -> Result<File, StoreError> {
+        let path = self.holder(token);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+        let file = options.open(&path).map_err(io_error("open", &path))?;
+        // Only somebody who asks whether it is held can have it, for a moment.
+        file.lock().map_err(io_error("lock", &path))?;
+        Ok(file)
+    }
+
+    /// Whether a process has that descriptor open.
+    pub fn is_held(&self, token: &str) -> bool {
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(self.holder(token));
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
     }
 
     fn write(&self, _lock: &Lock, path: &Path, text: &[u8]) -> Result<(), StoreError> {

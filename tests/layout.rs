@@ -17,6 +17,8 @@ const ROWS: [(&str, &[&str], bool); 5] = [
             "profile",
             "placement",
             "lease",
+            "job",
+            "slurm",
             "queue",
             "inventory",
             "layout",

@@ -17,7 +17,7 @@ use crate::gpu::{ComputeInstance, Device, Gpu, Instance, MigDevice, Placement};
 use crate::lease::Lease;
 use crate::profile;
 use crate::report::{self, Exit};
-use crate::request::GpuSelector;
+use crate::request::{self, GpuSelector};
 use crate::store::{Store, StoreError};
 
 use habits::{Habit, Smi};
@@ -40,6 +40,7 @@ mod habits;
 mod history;
 mod holder;
 mod interrupt;
+mod job;
 mod leases;
 mod list;
 mod map;
@@ -50,6 +51,8 @@ mod profiles;
 mod queue;
 mod release;
 mod reserve;
+mod run;
+mod slurm;
 mod target;
 mod top;
 
@@ -118,6 +121,12 @@ enum Verb {
     Assert(assert::Args),
     /// Show who waits for room and for what, or take one out of the line
     Queue(queue::Args),
+    /// Run a command with slices of its own, from its start to its end
+    Run(run::Args),
+    /// Give slices to the jobs of a batch system: for its prologs and epilogs
+    Job(job::Args),
+    /// What Slurm calls on a node, and what to put into its files
+    Slurm(slurm::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),
     /// Register mig-hook with a container engine, or take it out again
@@ -150,7 +159,7 @@ pub fn main() -> ExitCode {
         }
     };
     match run(&args) {
-        Ok(exit) => ExitCode::from(exit as u8),
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("migctl: {}", report::sentence(&error));
             ExitCode::from(report::exit_code(&error) as u8)
@@ -200,13 +209,13 @@ fn parsed(matches: &ArgMatches) -> Result<Args, clap::Error> {
     Ok(args)
 }
 
-fn run(args: &Args) -> Result<Exit> {
+fn run(args: &Args) -> Result<u8> {
     let settings = || -> Result<Settings> {
         let settings = Settings::load(args.config.as_deref())?;
         report::start_logging(&settings, true);
         Ok(settings)
     };
-    match &args.verb {
+    let exit = match &args.verb {
         Verb::List(verb) => list::run(&settings()?, verb, args.json),
         Verb::Profiles(verb) => profiles::run(&settings()?, verb, args.json),
         Verb::Map(verb) => map::run(&settings()?, verb, args.json),
@@ -238,7 +247,11 @@ fn run(args: &Args) -> Result<Exit> {
         // These work whatever is in the settings.
         Verb::Doctor(verb) => doctor::run(args.config.as_deref(), verb, args.json),
         Verb::Completions(verb) => completions::run(verb, args.json),
-    }
+        Verb::Slurm(verb) => slurm::run(args.config.as_deref(), verb, args.json),
+        Verb::Job(verb) => job::run(&settings()?, verb, args.json),
+        Verb::Run(verb) => return run::run(&settings()?, verb), // its exit code is the command's
+    };
+    Ok(exit? as u8)
 }
 
 /// A verb's document with its version.
@@ -361,6 +374,11 @@ fn add_instance(device: &mut Device, mig: MigDevice) {
 /// A GPU as people name it on the command line.
 fn gpu_selector(text: &str) -> Result<GpuSelector, String> {
     GpuSelector::parse(text).ok_or_else(|| "name a GPU by its index, UUID (GPU-…) or PCI address (07:00.0)".to_owned())
+}
+
+/// Seconds to wait for room, as in `mig.wait`.
+fn wait(text: &str) -> Result<u32, String> {
+    request::parse_wait(text).ok_or_else(|| "say how long as 30s, 10m or 1h".to_owned())
 }
 
 /// The state, where there is any and this user may read it.

@@ -55,6 +55,11 @@ impl Own {
         File::options().write(true).open(&file).map_err(failed(format!("open {}", file.display())))
     }
 
+    /// Keeps its processes from opening these devices.
+    pub fn confine(&self, _denied: &[(u32, u32)]) -> Result<(), ContainerError> {
+        Err(refused("no device can be denied yet"))
+    }
+
     /// Takes it away. `false`: a process or a cgroup is still in it. One that has gone is no error.
     pub fn remove(&self) -> Result<bool, ContainerError> {
         remove_directory(&self.place.dir())
@@ -69,6 +74,21 @@ pub fn remove(path: &str) -> Result<bool, ContainerError> {
         true => remove_directory(&place.dir()),
         false => Err(refused(format!("the cgroup {path} is not called {PREFIX}…: it is left to whoever made it"))),
     }
+}
+
+/// Takes away the cgroup that was made for a job which never had a process, and its user's above it when that is empty then.
+/// What stands against that is left as it is.
+pub fn remove_job(path: &str) {
+    if let Ok(place) = mountinfo().and_then(|mounts| named(&mounts, Path::new(path))) {
+        let dir = place.dir();
+        let above = fs::remove_dir(&dir).ok().and(dir.parent());
+        let _ = above.map(fs::remove_dir);
+    }
+}
+
+/// Whether there is a cgroup of that path in the hierarchy of the device rules.
+pub fn is_cgroup(path: &str) -> bool {
+    mountinfo().and_then(|mounts| named(&mounts, Path::new(path))).is_ok_and(|place| place.dir().is_dir())
 }
 
 fn remove_directory(dir: &Path) -> Result<bool, ContainerError> {

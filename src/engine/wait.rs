@@ -68,7 +68,7 @@ struct Place {
     bell: Bell,
     since_boot_ms: u64,
     until_boot_ms: u64,
-    /// On whose behalf.
+    /// Readable when nobody wants it any more: the process on whose behalf, or signals.
     asker: Option<File>,
 }
 
@@ -83,14 +83,20 @@ pub fn tickets_in(store: &Store) -> Result<Vec<Ticket>, Failure> {
 
 impl Engine<'_> {
     /// Gives what is asked for at once, or when it is its turn, or refuses when its time is over.
-    pub(super) fn acquire_in_turn(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+    pub(super) fn acquire_in_turn(
+        &self,
+        request: &Request,
+        holder: &Holder,
+        cancel: Option<File>,
+    ) -> Result<Lease, Failure> {
         let Some(limit) = self.longest_wait(request, holder.way) else { return self.acquire_at_once(request, holder) };
         let (lock, look) = self.lock_and_look(None)?;
         self.store.begin_boot(&lock, &host::boot_id()?)?;
         self.reap(&lock)?;
         match self.acquire_locked(&lock, request, holder, look) {
             Err(Failure::NoRoom(reason)) => {
-                let place = self.line_up(&lock, request, holder, limit, &reason)?;
+                let place =
+                    Place { asker: cancel.or_else(asker), ..self.line_up(&lock, request, holder, limit, &reason)? };
                 drop(lock);
                 self.wait(place, request, holder)
             }
@@ -102,6 +108,7 @@ impl Engine<'_> {
     pub(super) fn longest_wait(&self, request: &Request, way: Way) -> Option<Duration> {
         let bound = match way {
             Way::Precreate | Way::Shim | Way::Classic | Way::Cdi => CONTAINER_WAIT,
+            Way::Run | Way::Job => self.settings.max_wait,
             Way::Create | Way::Adopt => Duration::ZERO, // migctl's own, which ask for nothing
         };
         let wanted = Duration::from_secs(request.wait_s?.into());
@@ -146,7 +153,7 @@ impl Engine<'_> {
         };
         self.store.put_ticket(lock, number, &ticket)?;
         tracing::info!(ticket = number, place = before.len() + 1, "waits in line for {request}: {reason}");
-        Ok(Place { number, bell, since_boot_ms, until_boot_ms, asker: asker() })
+        Ok(Place { number, bell, since_boot_ms, until_boot_ms, asker: None })
     }
 
     fn wait(&self, mut place: Place, request: &Request, holder: &Holder) -> Result<Lease, Failure> {

@@ -1,0 +1,65 @@
+//! `migctl slurm prolog`: gives a job on this node what job_submit.lua wrote into its comment.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::{ConfigError, Settings};
+use crate::container::{Own, is_cgroup};
+use crate::engine::{self, Engine};
+use crate::gpu::nvml::Nvml;
+use crate::lease::{Holder, Way};
+use crate::report;
+use crate::request::{self, Request};
+use crate::slurm;
+use crate::store::Store;
+
+use super::Job;
+
+pub(super) fn run(settings: &Settings, broken: Option<ConfigError>) -> Result<()> {
+    let job = Job::of_environment()?;
+    // Also a job that asks for no slice may have a step in a container.
+    Store::open(&settings.state_dir)?.runtime_root(job.uid, job.gid)?;
+    let comment = std::env::var("SLURM_JOB_COMMENT").unwrap_or_default();
+    let nvml = Nvml::at(&settings.nvml);
+    let engine = Engine::open(settings, &nvml)?;
+    let cgroup = slurm::cgroup_of_job(&job.node, job.uid, job.id, is_cgroup);
+    let Some(asked) = slurm::request_in(&comment) else {
+        engine.end_job(&job.key).context("what an earlier job of the same number had is not free")?;
+        return match cgroup.filter(|_| settings.confine) {
+            Some(cgroup) => Ok(engine.confine(None, &Own::at(Path::new(&cgroup))?)?),
+            None => Ok(()),
+        };
+    };
+    let refuse = |why: &str| engine.refuse_job(&job.key, job.gid, job.uid, why);
+    let request = match (typed(settings, asked), broken) {
+        (Ok(request), None) => request,
+        (_, Some(broken)) => {
+            refuse(&broken.to_string());
+            return Err(broken.into());
+        }
+        (Err(error), None) => {
+            refuse(&report::sentence(&error));
+            return Err(error);
+        }
+    };
+    let confine = match (settings.confine, &cgroup) {
+        (true, None) => {
+            let why = "jobs.confine is set, but slurmd has no cgroup here; see migctl doctor";
+            refuse(why);
+            bail!("job {}: {why}", job.key);
+        }
+        (true, Some(cgroup)) => Some(Path::new(cgroup)),
+        (false, _) => None,
+    };
+    let sign = Some(format!("slurmstepd: [{}.", job.id));
+    let slurmd = engine::new_holder(Way::Job, std::os::unix::process::parent_id());
+    let holder = Holder { uid: Some(job.uid), cgroup: cgroup.clone(), sign, ..slurmd };
+    engine.start_job(&job.key, job.gid, &request, &holder, confine).with_context(|| format!("job {}", job.key))?;
+    Ok(())
+}
+
+fn typed(settings: &Settings, asked: &str) -> Result<Request> {
+    let request = request::typed(asked, None)?;
+    Ok(Request { wait_s: crate::cli::job::waiting(settings), ..request })
+}

@@ -1,0 +1,27 @@
+//! `migctl slurm task-prolog`: what each task of a job gets into its environment. Runs as the job's user.
+
+use anyhow::Result;
+
+use crate::cli::job::public_of;
+use crate::config::Settings;
+use crate::report::{self, Exit};
+
+/// slurmd reads lines of standard output: `export NAME=value` sets a variable, `print` is for the user (slurm.conf(5),
+/// TaskProlog). An exit code other than 0 fails the job, and nothing else.
+pub(super) fn run(settings: &Settings) -> Result<Exit> {
+    let job = super::key().and_then(|key| public_of(settings, &key));
+    match job {
+        Ok(None) => Ok(Exit::Ok),
+        Ok(Some(job)) => {
+            let lines: String =
+                job.environment().iter().map(|(name, value)| format!("export {name}={value}\n")).collect();
+            crate::cli::write(lines.as_bytes())?;
+            Ok(Exit::Ok)
+        }
+        Err(error) => {
+            let why = report::sentence(&error).replace(char::is_control, " ");
+            crate::cli::write(format!("print migctl: {why}\n").as_bytes())?;
+            Ok(report::exit_code(&error))
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Leases of bare processes: jobs of batch systems, by their key, and what is alive of jobs and commands.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::Path;
+
+use crate::container::Own;
+use crate::edits;
+use crate::gpu::MigMode;
+use crate::host::{self, ProcessId};
+use crate::job::{Key, Node, Public};
+use crate::lease::{Holder, Init, Lease, State, VERSION};
+use crate::request::Request;
+use crate::store::Lock;
+
+use super::{ACQUIRE_LOCK_WAIT, BIND_LOCK_WAIT, Engine, Failure, Released, make_host_nodes, nodes_of};
+
+/// Milliseconds after which a refusal that nobody has ended is forgotten: a day.
+const REFUSAL_LIMIT_MS: u64 = 24 * 3600 * 1000;
+
+impl Engine<'_> {
+    /// Records the process that a command became, and its cgroup.
+    ///
+    /// # Errors
+    /// [`Failure::Stale`] when the lease has gone meanwhile.
+    pub fn attach(&self, token: &str, init: ProcessId, cgroup: Option<&str>) -> Result<(), Failure> {
+        let lock = self.store.lock(BIND_LOCK_WAIT)?;
+        let lease = self.store.get::<Lease>(token, VERSION)?.filter(|lease| lease.state == State::Active);
+        let Some(mut lease) = lease.filter(|_| !self.store.announced(token)) else {
+            return Err(Failure::Stale(format!("lease {token} was freed before its command was started")));
+        };
+        lease.holder.init = Some(init);
+        lease.holder.cgroup = cgroup.map(str::to_owned);
+        Ok(self.store.put(&lock, token, &lease)?)
+    }
+
+    /// A descriptor that keeps a lease for whoever has it open: see [`Store::hold`](crate::store::Store::hold).
+    pub fn hold(&self, token: &str) -> Result<File, Failure> {
+        Ok(self.store.hold(token)?)
+    }
+
+    /// Gives a job what it asks for, makes its nodes on the host, confines its cgroup where one is named for that, and lets
+    /// its group know; or the refusal.
+    /// A job that is alive keeps what it has; one of the same key that is not is another one, and its slices are freed.
+    ///
+    /// # Errors
+    /// As [`Engine::acquire`]. What it is refused for is public then, where that could be written.
+    pub fn start_job(
+        &self,
+        key: &Key,
+        gid: u32,
+        request: &Request,
+        holder: &Holder,
+        confine: Option<&Path>,
+    ) -> Result<Public, Failure> {
+        let uid = holder.uid.unwrap_or_default();
+        let lease = self.give_to_job(key, request, holder).and_then(|lease| {
+            let told = self.tell_job(key, gid, uid, &lease, confine);
+            told.map_err(|failure| self.take_from_job(&lease, failure))
+        });
+        if let Err(failure) = &lease {
+            self.refuse_job(key, gid, uid, &failure.to_string());
+        }
+        lease
+    }
+
+    /// Lets a job know that it has got nothing, and why.
+    pub fn refuse_job(&self, key: &Key, gid: u32, uid: u32, why: &str) {
+        if let Err(failure) = self.publish_job(gid, &Public::refused(key, uid, Some(why.to_owned()))) {
+            tracing::error!(job = key.as_str(), "its refusal can't be made known to it: {failure}");
+        }
+    }
+
+    fn give_to_job(&self, key: &Key, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+        for old in self.leases_of_job(key)? {
+            let (old, _, _) = self.examine(old);
+            let alive = old.state == State::Active && self.facts(&old).init == Init::Alive;
+            if alive && old.holder.uid == holder.uid {
+                return Ok(old);
+            }
+            if alive {
+                let whose = old.holder.uid.map_or_else(|| "another user".into(), |uid| format!("uid {uid}"));
+                return Err(Failure::Stale(format!("a job {key} of {whose} is still running here")));
+            }
+            self.release(&old.token, None, "another job of the same number has begun")?;
+        }
+        let holder = Holder { job: Some(key.to_string()), ..holder.clone() };
+        self.acquire(request, &holder)
+    }
+
+    fn tell_job(
+        &self,
+        key: &Key,
+        gid: u32,
+        uid: u32,
+        lease: &Lease,
+        confine: Option<&Path>,
+    ) -> Result<Public, Failure> {
+        let public = Public::granted(key, uid, lease, self.nodes_for(lease)?);
+        if let Some(cgroup) = confine {
+            self.confine(Some(lease), &Own::at(cgroup)?)?;
+        }
+        self.publish_job(gid, &public)?;
+        Ok(public)
+    }
+
+    fn take_from_job(&self, lease: &Lease, failure: Failure) -> Failure {
+        let undone = match self.release(&lease.token, None, "its job could not be started with it") {
+            Ok(Released::Done | Released::Unknown) => "nothing is left of it".into(),
+            Ok(_) => "its slices are freed by the next gc".into(),
+            Err(also) => format!("its slices are not freed: {also}"),
+        };
+        Failure::RolledBack { failure: Box::new(failure), undone }
+    }
+
+    /// Makes the nodes of a lease on the host, and lists them.
+    pub fn nodes_for(&self, lease: &Lease) -> Result<Vec<Node>, Failure> {
+        let majors = self.host.majors()?;
+        make_host_nodes(&self.host, &lease.slices, majors)?;
+        let node = |node: edits::Node| Node { path: node.name, major: node.major, minor: node.minor };
+        Ok(nodes_of(&self.host, &lease.slices, majors).into_iter().map(node).collect())
+    }
+
+    /// Keeps what runs in a cgroup from opening slices, but those of a lease: every capability of the driver, and the GPUs
+    /// in MIG mode that are ours to give. Others are none of our business.
+    pub fn confine(&self, lease: Option<&Lease>, cgroup: &Own) -> Result<(), Failure> {
+        let majors = self.host.known_majors()?;
+        let own: BTreeSet<u32> = lease.iter().flat_map(|lease| lease.minors()).collect();
+        let gpus: BTreeSet<u32> = lease.iter().flat_map(|lease| &lease.slices).map(|slice| slice.gpu_minor).collect();
+        let caps = self.host.capability_minors()?.into_iter().filter(|minor| !own.contains(minor));
+        let managed = self.managed_gpus()?.into_iter().filter(|gpu| gpu.mig == MigMode::On).map(|gpu| gpu.minor);
+        let parents = managed.filter(|minor| !gpus.contains(minor));
+        let denied: Vec<(u32, u32)> =
+            caps.map(|minor| (majors.caps, minor)).chain(parents.map(|minor| (majors.nvidia, minor))).collect();
+        Ok(cgroup.confine(&denied)?)
+    }
+
+    fn publish_job(&self, gid: u32, public: &Public) -> Result<(), Failure> {
+        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+        Ok(self.store.publish(&lock, &public.key, gid, public)?)
+    }
+
+    /// Takes back what a job has, and what is public of it. Idempotent: what never was is success. `None`: it had nothing.
+    pub fn end_job(&self, key: &Key) -> Result<Option<Released>, Failure> {
+        let mut outcome = None;
+        for lease in self.leases_of_job(key)? {
+            let released = self.release(&lease.token, None, "its job has ended")?;
+            // The worst of several is told.
+            if matches!(outcome, None | Some(Released::Done | Released::Unknown)) {
+                outcome = Some(released);
+            }
+        }
+        let lock = self.store.lock(BIND_LOCK_WAIT)?;
+        self.store.unpublish(&lock, key.as_str())?;
+        Ok(outcome)
+    }
+
+    /// The leases that a job has; usually one.
+    pub fn leases_of_job(&self, key: &Key) -> Result<Vec<Lease>, Failure> {
+        let mut leases = self.leases()?;
+        leases.retain(|lease| lease.holder.job.as_deref() == Some(key.as_str()));
+        Ok(leases)
+    }
+
+    /// What is public of jobs that have no lease, and won't be asked for any more.
+    pub(super) fn forget_refusals(&self, lock: &Lock) -> Result<(), Failure> {
+        let leases = self.leases()?;
+        for key in self.store.publications()? {
+            let held = leases.iter().any(|lease| lease.holder.job.as_deref() == Some(&key));
+            if !held && self.store.published_ms(&key).is_some_and(|age| age > REFUSAL_LIMIT_MS) {
+                self.store.unpublish(lock, &key)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Looks for a living process of a job or a command in the place of one that has ended. True when there is one.
+pub(super) fn learn_member(holder: &mut Holder) -> bool {
+    if holder.init.is_some_and(host::alive) {
+        return false;
+    }
+    let in_cgroup = || host::processes_in(holder.cgroup.as_deref()?).into_iter().find_map(host::process);
+    let Some(member) = in_cgroup().or_else(|| host::process_called(holder.sign.as_deref()?)) else { return false };
+    holder.init = Some(member);
+    true
+}
