@@ -460,11 +460,11 @@ mod tests {
                 "limits.profiles" | "limits.gpus" => "[\"0\"]",
                 "slices.foreign" => "\"idle\"",
                 "placement.policy" => "\"binpack\"",
-                "requests.environment" | "requests.open_device_rules" => "true",
+                "requests.environment" | "requests.open_device_rules" | "jobs.confine" => "true",
                 "log.level" => "\"debug\"",
                 "cdi.spec" => "\"/x.json\"",
                 "queue.overtakes" | "queue.length" => "0",
-                "queue.max_wait" => "\"90s\"",
+                "queue.max_wait" | "jobs.wait" => "\"90s\"",
                 _ => "\"/x\"",
             };
             Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
@@ -492,7 +492,8 @@ mod tests {
             ("limits.slices_per_container = 0", "at least 1"),
             ("slices.foreign = \"all\"", "idle"),
             ("cdi.spec = \"/etc/cdi/x\"", ".json"),
-            ("queue.max_wait = \"long\"", "as 30s, 5m or 1h"),
+            ("queue.max_wait = \"long\"", "queue.max_wait = \"long\" is no time, as 30s, 5m or 1h"),
+            ("jobs.wait = \"long\"", "jobs.wait"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

@@ -150,6 +150,8 @@ pub struct Action {
     pub token: String,
     /// Its container, where known.
     pub container: Option<String>,
+    /// Who has it, in words.
+    pub holder: String,
     /// `kept`, `freed`, `busy`, `quarantined` or `failed`.
     pub result: &'static str,
     /// In words.
@@ -799,7 +801,13 @@ fn index_of(holder: &Holder) -> Option<String> {
 }
 
 fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {
-    Action { token: lease.token.clone(), container: lease.holder.container.clone(), result, reason: reason.to_owned() }
+    Action {
+        token: lease.token.clone(),
+        container: lease.holder.container.clone(),
+        holder: lease.held_by(),
+        result,
+        reason: reason.to_owned(),
+    }
 }
 
 /// Not found is done; in use is for later; anything else is an error.

@@ -22,6 +22,8 @@ struct Line {
     token: Option<String>,
     container: Option<String>,
     image: Option<String>,
+    job: Option<String>,
+    command: Option<String>,
     uid: Option<u32>,
     #[serde(default)]
     slices: Vec<Part>,
@@ -88,6 +90,10 @@ pub struct Who {
     pub container: Option<String>,
     /// Its image, where the engine told it.
     pub image: Option<String>,
+    /// Key of the job.
+    pub job: Option<String>,
+    /// Program of the command.
+    pub command: Option<String>,
 }
 
 /// What a line completes.
@@ -133,7 +139,8 @@ impl Ledger {
         if line.time_ms >= LATEST_MS {
             return Err(Unreadable);
         }
-        let who = Who { uid: line.uid, container: line.container, image: line.image };
+        let who =
+            Who { uid: line.uid, container: line.container, image: line.image, job: line.job, command: line.command };
         match (line.event.as_str(), line.token) {
             ("refusal", _) => Ok(Some(Entry::Refusal(who, line.time_ms))),
             ("grant", Some(token)) => {
@@ -211,7 +218,13 @@ fn going_on(lease: &Lease, start_ms: u64, now_ms: u64) -> Hold {
     };
     Hold {
         token: lease.token.clone(),
-        who: Who { uid: holder.uid, container: holder.container.clone(), image: holder.image.clone() },
+        who: Who {
+            uid: holder.uid,
+            container: holder.container.clone(),
+            image: holder.image.clone(),
+            job: holder.job.clone(),
+            command: holder.command.clone(),
+        },
         start_ms,
         held_ms: Some(now_ms.saturating_sub(start_ms)),
         end: End::Holding,

@@ -179,6 +179,19 @@ pub fn environment(uuids: &str, profiles: &str, token: &str) -> Vec<(&'static st
     variables
 }
 
+/// Variables that somebody else's slices have left in an environment: a job that is submitted from within another one, or
+/// from `migctl run`, inherits them. `value` tells a variable's.
+pub fn inherited(value: impl Fn(&str) -> Option<String>) -> Vec<&'static str> {
+    let ours = value("MIG_UUID").filter(|_| value("MIG_LEASE").is_some());
+    let Some(uuids) = ours else { return Vec::new() };
+    let is_ours = |name: &&str| match *name {
+        "CUDA_VISIBLE_DEVICES" | "NVIDIA_VISIBLE_DEVICES" => value(name).is_some_and(|value| value == uuids),
+        _ => value(name).is_some(),
+    };
+    let names = environment("", "", "").into_iter().map(|(name, _)| name).chain([KEY]);
+    names.filter(is_ours).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +208,28 @@ mod tests {
         }
         assert_eq!(Key::of_slurm("mini", "15").unwrap().as_str(), "slurm:mini:15");
         assert!(Key::of_slurm("../x", "15").is_err());
+    }
+
+    #[test]
+    fn only_what_we_have_set_is_taken_out_of_an_environment() {
+        let of = |pairs: &[(&str, &str)]| {
+            let pairs: Vec<(String, String)> = pairs.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect();
+            inherited(|name| pairs.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone()))
+        };
+        assert!(of(&[("CUDA_VISIBLE_DEVICES", "0"), ("MIG_UUID", "MIG-1")]).is_empty());
+        assert_eq!(
+            of(&[
+                ("CUDA_VISIBLE_DEVICES", "MIG-1"),
+                ("NVIDIA_VISIBLE_DEVICES", "all"),
+                ("MIG_UUID", "MIG-1"),
+                ("MIG_LEASE", "t")
+            ]),
+            ["CUDA_VISIBLE_DEVICES", "MIG_UUID", "MIG_LEASE"]
+        );
+        assert_eq!(
+            of(&[("MIG_UUID", "MIG-1"), ("MIG_LEASE", "t"), ("MIG_JOB", "k")]),
+            ["MIG_UUID", "MIG_LEASE", "MIG_JOB"]
+        );
     }
 
     #[test]

@@ -464,7 +464,11 @@ fn of_container(lease: &Lease, facts: Facts) -> Verdict {
 /// Whether a container may yet come of a lease that has none. The owner of a shim's lease becomes the runtime itself: while
 /// it lives, `create` is under way.
 fn is_awaited(lease: &Lease, facts: Facts) -> bool {
-    facts.owner_alive && (lease.holder.way == Way::Shim || facts.age_ms <= UNBOUND_LIMIT_MS)
+    match lease.holder.way {
+        Way::Shim | Way::Run => facts.owner_alive,
+        Way::Job => !lease.holder.is_observable() || facts.age_ms <= JOB_START_LIMIT_MS,
+        _ => facts.owner_alive && facts.age_ms <= UNBOUND_LIMIT_MS,
+    }
 }
 
 #[cfg(test)]

@@ -101,6 +101,8 @@ pub struct Tenant {
     pub pod: Option<String>,
     /// Its image.
     pub image: Option<String>,
+    /// Key of the job.
+    pub job: Option<String>,
     /// Who started it.
     pub user: Option<String>,
 }
@@ -256,6 +258,7 @@ fn slices(text: &mut Text, gpus: &[GpuFacts<'_>]) {
             ("container_id", or_empty(&tenant.container_id)),
             ("pod", or_empty(&tenant.pod)),
             ("image", or_empty(&tenant.image)),
+            ("job", or_empty(&tenant.job)),
             ("user", or_empty(&tenant.user)),
         ]);
         (labels, 1.0)

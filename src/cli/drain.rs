@@ -10,7 +10,6 @@ use crate::config::Settings;
 use crate::engine::{Cordon, Engine, Occupant};
 use crate::gpu::Device;
 use crate::gpu::nvml::Nvml;
-use crate::lease::short;
 use crate::report::Exit;
 
 use super::cordon;
@@ -110,9 +109,9 @@ fn clear_progress() {
 }
 
 fn who(occupant: &Occupant) -> String {
-    match (&occupant.container, occupant.pid) {
-        (Some(id), _) if occupant.releasing => format!("container {}, which has ended", short(id)),
-        (Some(id), _) => format!("container {}", short(id)),
+    match (&occupant.holder, occupant.pid) {
+        (Some(holder), _) if occupant.releasing => format!("{holder}, which has ended"),
+        (Some(holder), _) => holder.clone(),
         (None, Some(pid)) => format!("process {pid} ({})", occupant.process.as_deref().unwrap_or("?")),
         (None, None) => "a container being created".into(),
     }

@@ -6,7 +6,6 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::engine::{Action, Engine};
 use crate::gpu::nvml::Nvml;
-use crate::lease::short;
 use crate::report::Exit;
 
 /// The document of `migctl gc`.
@@ -30,9 +29,6 @@ fn text(report: &Report) -> String {
     if report.actions.is_empty() {
         return "no leases: nothing to do\n".into();
     }
-    let row = |a: &Action| {
-        let container = a.container.as_deref().map_or("-".to_owned(), |c| short(c).to_owned());
-        vec![a.result.to_owned(), a.token.clone(), container, a.reason.clone()]
-    };
+    let row = |a: &Action| vec![a.result.to_owned(), a.token.clone(), a.holder.clone(), a.reason.clone()];
     super::table(&report.actions.iter().map(row).collect::<Vec<_>>())
 }

@@ -120,6 +120,10 @@ struct HoldRow {
     user: Option<String>,
     /// Container id.
     container: Option<String>,
+    /// Key of the job.
+    job: Option<String>,
+    /// Program of the command of `migctl run`.
+    command: Option<String>,
     /// Its image, where the engine told it.
     image: Option<String>,
     /// In the order asked.
@@ -402,6 +406,8 @@ impl<'a> Reading<'a> {
             uid: hold.who.uid,
             user: hold.who.uid.and_then(|uid| self.users.name(uid)),
             container: hold.who.container,
+            job: hold.who.job,
+            command: hold.who.command,
             image: hold.who.image,
             slices: hold.slices,
         }
@@ -465,7 +471,7 @@ fn text(history: &History) -> String {
 }
 
 fn holds_table(history: &History) -> String {
-    let titles = ["START", "HELD FOR", "USER", "CONTAINER", "IMAGE", "SLICES", "GPU", "END"];
+    let titles = ["START", "HELD FOR", "USER", "HOLDER", "IMAGE", "SLICES", "GPU", "END"];
     let mut rows = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(history.holds.iter().map(|hold| {
         let or_dash = |text: Option<&str>| printable(text.unwrap_or("-"));
@@ -477,7 +483,7 @@ fn holds_table(history: &History) -> String {
             local(&hold.start),
             hold.held_ms.map_or("?".into(), super::duration),
             or_dash(hold.user.as_deref().or(uid.as_deref())),
-            or_dash(hold.container.as_deref().map(short)),
+            or_dash(hold.container.as_deref().map(short).or(hold.job.as_deref()).or(hold.command.as_deref())),
             or_dash(hold.image.as_deref()),
             printable(&hold.slices.iter().map(|s| s.profile.as_str()).collect::<Vec<_>>().join(",")),
             printable(&gpus.join(",")),

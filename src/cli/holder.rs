@@ -27,9 +27,11 @@ pub(super) struct Holder {
     pub engine: Option<String>,
     /// Its image, where the engine tells it.
     pub image: Option<String>,
-    /// Its first process.
+    /// Key of the job that has it, as `slurm:CLUSTER:ID`.
+    pub job: Option<String>,
+    /// Its first process; of a job any that lives.
     pub pid: Option<u32>,
-    /// Login uid of who started it, or cut the slice.
+    /// Login uid of who started it, or cut the slice; the user of a job.
     pub uid: Option<u32>,
     /// The name of that user, where this machine knows it.
     pub user: Option<String>,
@@ -53,6 +55,7 @@ impl Holder {
             holder: Some(sentence(lease, &named)),
             container: known.container.clone(),
             image: known.image.clone(),
+            job: known.job.clone(),
             pid: engine::init_of(known).map(|init| init.pid),
             uid: known.uid,
             user: known.uid.and_then(host::user_name),

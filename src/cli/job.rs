@@ -199,10 +199,12 @@ fn end(settings: &Settings, args: &End, json: bool) -> Result<Exit> {
 /// When it was refused, or is another user's.
 pub(super) fn of_this_process(settings: &Settings) -> Result<Option<Public>> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let key = match (variable(job::KEY), variable("SLURM_CLUSTER_NAME"), variable("SLURM_JOB_ID")) {
-        (Some(key), ..) => Key::parse(&key),
-        (None, Some(cluster), Some(id)) => Key::of_slurm(&cluster, &id),
-        _ => return Ok(None),
+    // Slurm's own say where we are; ours may be inherited from the job that has submitted this one.
+    let of_slurm = variable("SLURM_CLUSTER_NAME").zip(variable("SLURM_JOB_ID"));
+    let key = match (of_slurm, variable(job::KEY)) {
+        (Some((cluster, id)), _) => Key::of_slurm(&cluster, &id),
+        (None, Some(key)) => Key::parse(&key),
+        (None, None) => return Ok(None),
     };
     match key {
         Ok(key) => public_of(settings, &key),

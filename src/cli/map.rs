@@ -13,7 +13,7 @@ use crate::gpu::nvml::Nvml;
 use crate::gpu::{Gpu, Instance, MigMode, Placement, Profile};
 use crate::host;
 use crate::inventory::{self, Occupied, Standing, inventory};
-use crate::lease::{self, Lease, Slice, Step, short};
+use crate::lease::{self, Lease, Slice, Step, Way, short};
 use crate::placement::{self, Room};
 use crate::profile;
 use crate::report::{Exit, Misused};
@@ -390,6 +390,8 @@ impl Window {
             (State::Foreign, ..) => "foreign".into(),
             (_, Some(name), _) => name.clone(),
             (_, None, Some(id)) => short(id).to_owned(),
+            _ if self.held.job.is_some() => self.held.job.clone().unwrap_or_default(),
+            (State::Held, ..) if self.held.way == Some(Way::Run) => self.held.holder.clone().unwrap_or_default(),
             (State::Held, ..) => "being created".into(),
             (State::Releasing, ..) => "releasing".into(),
             (State::Quarantined, ..) => "quarantined".into(),

@@ -136,6 +136,7 @@ fn tenant(lease: &Lease) -> Tenant {
         container_id: holder.container,
         pod: holder.pod,
         image: holder.image,
+        job: holder.job,
         user: holder.user.or_else(|| holder.uid.map(|uid| uid.to_string())),
     }
 }

@@ -12,8 +12,8 @@ use crate::report::Exit;
 /// Arguments of `migctl release`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Lease token, or container id; a beginning that fits only one will do
-    #[arg(value_name = "TOKEN|CONTAINER")]
+    /// Lease token, container id or key of a job; a beginning that fits only one will do
+    #[arg(value_name = "TOKEN|CONTAINER|JOB")]
     name: String,
 }
 
@@ -49,8 +49,12 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
 
 /// The lease with that token or container id, or with the only one that begins so.
 pub(super) fn find(leases: &[Lease], name: &str) -> Result<Lease> {
-    let names =
-        |l: &Lease| [Some(l.token.clone()), l.holder.container.clone()].into_iter().flatten().collect::<Vec<_>>();
+    let names = |l: &Lease| {
+        [Some(l.token.clone()), l.holder.container.clone(), l.holder.job.clone()]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>()
+    };
     if let Some(lease) = leases.iter().find(|l| names(l).iter().any(|n| n == name)) {
         return Ok(lease.clone());
     }

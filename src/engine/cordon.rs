@@ -48,6 +48,8 @@ pub struct Occupant {
     pub gis: Vec<u32>,
     /// The container, where known.
     pub container: Option<String>,
+    /// Who it is in words, where it has a lease.
+    pub holder: Option<String>,
     /// Its first process, or the process itself, where known.
     pub pid: Option<u32>,
     /// That process's name.
@@ -105,6 +107,7 @@ impl Engine<'_> {
                 occupants.push(Occupant {
                     gis: process.instance.into_iter().collect(),
                     container: None,
+                    holder: None,
                     pid: Some(process.pid),
                     process: Some(host::process_name(process.pid)).filter(|name| !name.is_empty()),
                     releasing: false,
@@ -116,8 +119,14 @@ impl Engine<'_> {
     }
 }
 
-/// What stops a container, where its engine is known.
+/// What stops a container, where its engine is known; a command, or a job of Slurm's.
 pub(super) fn stop_command(holder: &Holder) -> Option<String> {
+    if let Some(id) = holder.job.as_deref().and_then(|key| key.strip_prefix("slurm:")?.rsplit_once(':')) {
+        return id.1.bytes().all(|b| b.is_ascii_digit()).then(|| format!("scancel {}", id.1));
+    }
+    if let Some(init) = holder.init.filter(|init| holder.way == Way::Run && host::alive(*init)) {
+        return Some(format!("kill {}", init.pid));
+    }
     let (bundle, id) = (holder.bundle.as_deref()?, holder.container.as_deref()?);
     let named = names::look_up(bundle, id);
     // It will be copied into a shell: a name that says more there than a name is left out.
@@ -139,6 +148,7 @@ fn holder(lease: &Lease, gpu: &str) -> Occupant {
     Occupant {
         gis,
         container: lease.holder.container.clone(),
+        holder: Some(lease.held_by()),
         pid: init.map(|init| init.pid),
         process: init.map(|init| host::process_name(init.pid)).filter(|name| !name.is_empty()),
         releasing: lease.state == State::Releasing,

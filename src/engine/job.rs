@@ -75,12 +75,15 @@ impl Engine<'_> {
         for old in self.leases_of_job(key)? {
             let (old, _, _) = self.examine(old);
             let alive = old.state == State::Active && self.facts(&old).init == Init::Alive;
-            if alive && old.holder.uid == holder.uid {
+            let uid = old.holder.uid.unwrap_or_default();
+            if alive && old.holder.uid == holder.uid && Public::granted(key, uid, &old, vec![]).meets(request) {
                 return Ok(old);
             }
             if alive {
-                let whose = old.holder.uid.map_or_else(|| "another user".into(), |uid| format!("uid {uid}"));
-                return Err(Failure::Stale(format!("a job {key} of {whose} is still running here")));
+                let has = old.profiles();
+                return Err(Failure::Stale(format!(
+                    "another job {key}, of uid {uid} and with {has}, is still running here"
+                )));
             }
             self.release(&old.token, None, "another job of the same number has begun")?;
         }
@@ -150,8 +153,11 @@ impl Engine<'_> {
                 outcome = Some(released);
             }
         }
-        let lock = self.store.lock(BIND_LOCK_WAIT)?;
-        self.store.unpublish(&lock, key.as_str())?;
+        // A refusal. Most jobs ask for nothing, and wait for nobody's lock.
+        if self.store.published_ms(key.as_str()).is_some() {
+            let lock = self.store.lock(BIND_LOCK_WAIT)?;
+            self.store.unpublish(&lock, key.as_str())?;
+        }
         Ok(outcome)
     }
 

@@ -48,7 +48,7 @@ impl Store {
 
     /// Milliseconds for which it has been there.
     pub fn published_ms(&self, key: &str) -> Option<u64> {
-        let age = self.publication(key).metadata().ok()?.modified().ok()?.elapsed().ok()?;
+        let age = self.publication(key).metadata().ok()?.modified().ok()?.elapsed().unwrap_or_default();
         u64::try_from(age.as_millis()).ok()
     }
 

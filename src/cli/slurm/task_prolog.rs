@@ -4,14 +4,20 @@ use anyhow::Result;
 
 use crate::cli::job::public_of;
 use crate::config::Settings;
+use crate::job;
 use crate::report::{self, Exit};
 
-/// slurmd reads lines of standard output: `export NAME=value` sets a variable, `print` is for the user (slurm.conf(5),
+/// slurmd reads lines of standard output: `export NAME=value` sets a variable, `unset NAME` removes one, `print` is for the user (slurm.conf(5),
 /// TaskProlog). An exit code other than 0 fails the job, and nothing else.
 pub(super) fn run(settings: &Settings) -> Result<Exit> {
     let job = super::key().and_then(|key| public_of(settings, &key));
     match job {
-        Ok(None) => Ok(Exit::Ok),
+        Ok(None) => {
+            let stale = job::inherited(|name| std::env::var(name).ok());
+            let lines: String = stale.iter().map(|name| format!("unset {name}\n")).collect();
+            crate::cli::write(lines.as_bytes())?;
+            Ok(Exit::Ok)
+        }
         Ok(Some(job)) => {
             let lines: String =
                 job.environment().iter().map(|(name, value)| format!("export {name}={value}\n")).collect();
