@@ -6,6 +6,7 @@
 
 mod bpf;
 mod cgroup;
+mod confine;
 mod own;
 mod program;
 

@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
@@ -17,7 +18,8 @@ const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const PROG_QUERY: libc::c_int = 16;
 const CGROUP_DEVICE: u32 = 6; // BPF_CGROUP_DEVICE
 const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const F_ALLOW_MULTI: u32 = 1 << 1;
+/// Beside it may be others, in its cgroup and below, and all of them decide (BPF_F_ALLOW_MULTI).
+pub const ALLOW_MULTI: u32 = 1 << 1;
 const F_REPLACE: u32 = 1 << 2;
 /// BPF_CGROUP_MAX_PROGS in kernel/bpf/cgroup.c.
 const MOST: usize = 64;
@@ -67,7 +69,7 @@ struct Info {
     created_by: u32,
     map_count: u32,
     maps: u64,
-    name: [u8; 16],
+    name: Name,
     ifindex: u32,
     gpl_compatible: u32,
 }
@@ -84,7 +86,7 @@ struct Load {
     log: u64,
     kernel_version: u32,
     flags: u32,
-    name: [u8; 16],
+    name: Name,
 }
 
 #[repr(C)]
@@ -97,15 +99,17 @@ struct Attach {
     replace_fd: u32,
 }
 
+/// A program's name, of letters, digits, `_` and `.`, filled up with NUL.
+pub type Name = [u8; 16];
+
 /// A device program that is attached to a cgroup.
 #[derive(Debug)]
 pub struct Attached {
     fd: File,
     flags: u32,
-    name: [u8; 16],
     gpl: bool,
-    /// What it does, as the kernel runs it.
-    pub instructions: Vec<Instruction>,
+    /// Its name.
+    pub name: Name,
 }
 
 /// The device programs of this very cgroup (an open directory), not those of its ancestors.
@@ -128,14 +132,27 @@ fn read(id: u32, flags: u32) -> io::Result<Attached> {
     let mut by_id = ById { id, ..ById::default() };
     // SAFETY: `by_id` is what this command takes.
     let fd = own(unsafe { bpf(PROG_GET_FD_BY_ID, &mut by_id) }?);
-    let length = info(&fd, &mut [])?.xlated_len as usize / size_of::<Instruction>();
-    let mut instructions = vec![Instruction::default(); length];
-    let info = info(&fd, &mut instructions)?;
-    // A hardened kernel (net.core.bpf_jit_harden with kernel.kptr_restrict) hides the instructions.
-    if length == 0 || info.xlated == 0 {
-        return Err(io::Error::other("the kernel does not show its instructions"));
+    let info = info(&fd, &mut [])?;
+    Ok(Attached { fd, flags, gpl: info.gpl_compatible & 1 == 1, name: info.name })
+}
+
+impl Attached {
+    /// Whether it was attached with [`ALLOW_MULTI`].
+    pub fn allows_others(&self) -> bool {
+        self.flags & ALLOW_MULTI != 0
     }
-    Ok(Attached { fd, flags, name: info.name, gpl: info.gpl_compatible & 1 == 1, instructions })
+
+    /// What it does, as the kernel runs it.
+    pub fn instructions(&self) -> io::Result<Vec<Instruction>> {
+        let length = info(&self.fd, &mut [])?.xlated_len as usize / size_of::<Instruction>();
+        let mut instructions = vec![Instruction::default(); length];
+        let info = info(&self.fd, &mut instructions)?;
+        // A hardened kernel (net.core.bpf_jit_harden with kernel.kptr_restrict) hides the instructions.
+        match length == 0 || info.xlated == 0 {
+            true => Err(io::Error::other("the kernel does not show its instructions")),
+            false => Ok(instructions),
+        }
+    }
 }
 
 fn info(fd: &File, into: &mut [Instruction]) -> io::Result<Info> {
@@ -152,26 +169,40 @@ fn info(fd: &File, into: &mut [Instruction]) -> io::Result<Info> {
 
 /// Puts a program of these instructions in the place of an attached one, in one step, with its name, licence and flags.
 pub fn replace(cgroup: &File, old: &Attached, instructions: &[Instruction]) -> io::Result<()> {
-    let license = if old.gpl { c"GPL" } else { c"" };
+    let new = load(old.name, if old.gpl { c"GPL" } else { c"" }, instructions)?;
+    // Without MULTI there is one program at most, and attaching replaces it.
+    match old.allows_others() {
+        true => attach(cgroup, &new, old.flags | F_REPLACE, Some(&old.fd)),
+        false => attach(cgroup, &new, old.flags, None),
+    }
+}
+
+/// Attaches a program of these instructions, with these flags (linux/bpf.h).
+pub fn add(cgroup: &File, name: Name, instructions: &[Instruction], flags: u32) -> io::Result<()> {
+    attach(cgroup, &load(name, c"", instructions)?, flags, None)
+}
+
+fn load(name: Name, license: &CStr, instructions: &[Instruction]) -> io::Result<File> {
     let mut load = Load {
         kind: PROG_TYPE_CGROUP_DEVICE,
         count: instructions.len() as u32,
         instructions: instructions.as_ptr() as u64,
         license: license.as_ptr() as u64,
-        name: old.name,
+        name,
         ..Load::default()
     };
     raise_memlock();
     // SAFETY: `load` is what this command takes; the instructions and the licence live until it returns.
-    let new = own(unsafe { bpf(PROG_LOAD, &mut load) }?);
-    // Without MULTI there is one program at most, and attaching replaces it.
-    let multi = old.flags & F_ALLOW_MULTI != 0;
+    unsafe { bpf(PROG_LOAD, &mut load) }.map(own)
+}
+
+fn attach(cgroup: &File, program: &File, flags: u32, replaced: Option<&File>) -> io::Result<()> {
     let mut attach = Attach {
         target_fd: number(cgroup),
-        program_fd: number(&new),
+        program_fd: number(program),
         attach_type: CGROUP_DEVICE,
-        flags: if multi { old.flags | F_REPLACE } else { old.flags },
-        replace_fd: if multi { number(&old.fd) } else { 0 },
+        flags,
+        replace_fd: replaced.map_or(0, number),
     };
     // SAFETY: `attach` is what this command takes.
     unsafe { bpf(PROG_ATTACH, &mut attach) }.map(drop)

@@ -218,7 +218,7 @@ fn allow_in_list(dir: &Path, nodes: &[Node]) -> Result<(), ContainerError> {
 }
 
 /// Does something again that failed because a program was gone by then: systemd swaps its own in its own time.
-fn again<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+pub(super) fn again<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
     for _ in 1..TRIES {
         match attempt() {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -238,8 +238,9 @@ fn allow_in_programs(dir: &Path, nodes: &[Node]) -> Result<(), ContainerError> {
     let widened = again(|| {
         let cgroup = File::open(dir)?;
         for old in bpf::attached(&cgroup)? {
-            if !program::is_wide(&old.instructions, &devices) {
-                bpf::replace(&cgroup, &old, &program::widen(&old.instructions, &devices).map_err(io::Error::other)?)?;
+            let instructions = old.instructions()?;
+            if !program::is_wide(&instructions, &devices) {
+                bpf::replace(&cgroup, &old, &program::widen(&instructions, &devices).map_err(io::Error::other)?)?;
             }
         }
         Ok(())

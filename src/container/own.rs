@@ -15,7 +15,7 @@ const PREFIX: &str = "mig-hook-";
 /// A cgroup of bare processes, in the hierarchy where device rules live.
 #[derive(Debug)]
 pub struct Own {
-    place: Place,
+    pub(super) place: Place,
 }
 
 impl Own {
@@ -44,6 +44,11 @@ impl Own {
         Ok(Own { place })
     }
 
+    /// Its directory.
+    pub fn dir(&self) -> PathBuf {
+        self.place.dir()
+    }
+
     /// As it stands in the /proc/PID/cgroup of its processes.
     pub fn path(&self) -> String {
         self.place.path()
@@ -51,7 +56,7 @@ impl Own {
 
     /// Its `cgroup.procs`, for [`crate::handover::in_cgroup`].
     pub fn procs(&self) -> Result<File, ContainerError> {
-        let file = self.place.dir().join("cgroup.procs");
+        let file = self.dir().join("cgroup.procs");
         File::options().write(true).open(&file).map_err(failed(format!("open {}", file.display())))
     }
 
@@ -62,7 +67,7 @@ impl Own {
 
     /// Takes it away. `false`: a process or a cgroup is still in it. One that has gone is no error.
     pub fn remove(&self) -> Result<bool, ContainerError> {
-        remove_directory(&self.place.dir())
+        remove_directory(&self.dir())
     }
 }
 
@@ -201,7 +206,7 @@ mod tests {
         assert!(!own.remove().unwrap() && !remove(&own.path()).unwrap(), "a process is in it");
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(own.remove().unwrap() && !own.place.dir().exists());
+        assert!(own.remove().unwrap() && !own.dir().exists());
         assert!(own.remove().unwrap() && remove(&own.path()).unwrap(), "one that has gone is no error");
     }
 
@@ -209,19 +214,19 @@ mod tests {
     fn one_that_was_left_behind_goes_by_its_path_unless_it_is_somebody_elses() {
         let Some(own) = own("left") else { return };
         let theirs = Own::at(Path::new(&format!("{}/theirs/inner", own.path()))).unwrap();
-        assert!(theirs.place.dir().join("cgroup.procs").exists());
+        assert!(theirs.dir().join("cgroup.procs").exists());
         assert!(!remove(&own.path()).unwrap(), "a cgroup is in it");
         let error = remove(&theirs.path()).unwrap_err().to_string();
         assert!(error.contains("is left to whoever made it"), "{error}");
-        assert!(Own::at(&theirs.place.dir()).unwrap().remove().unwrap(), "made already, and named by its directory");
-        fs::remove_dir(theirs.place.dir().parent().unwrap()).unwrap();
-        assert!(remove(&own.path()).unwrap() && !own.place.dir().exists());
+        assert!(Own::at(&theirs.dir()).unwrap().remove().unwrap(), "made already, and named by its directory");
+        fs::remove_dir(theirs.dir().parent().unwrap()).unwrap();
+        assert!(remove(&own.path()).unwrap() && !own.dir().exists());
     }
 
     #[test]
     fn a_file_of_the_kernel_is_no_cgroup() {
         let Some(own) = own("file") else { return };
-        let error = Own::at(&own.place.dir().join("cgroup.procs/x")).unwrap_err().to_string();
+        let error = Own::at(&own.dir().join("cgroup.procs/x")).unwrap_err().to_string();
         assert!(own.remove().unwrap());
         assert!(error.contains("cgroup.procs is a link or a file"), "{error}");
     }

@@ -1,7 +1,9 @@
 //! Device programs of cgroup v2 as lists of instructions: a new one that decides as the old one did, and also lets some
-//! devices be read and written.
+//! devices be read and written; and one that denies some devices and nothing else.
 //!
-//! An added program could only narrow: the kernel allows what all of them allow. So the old one is rewritten.
+//! An added program can only narrow: the kernel allows what all of them allow. So to widen, the old one is rewritten.
+
+use std::collections::BTreeSet;
 
 /// One instruction: `struct bpf_insn` of linux/bpf.h.
 #[repr(C)]
@@ -22,11 +24,15 @@ const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
 const LOAD_WIDE: u8 = 0x18; // BPF_LD | BPF_IMM | BPF_DW
 const AND: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K: 32 bits
 const SET: u8 = 0xb7; // BPF_ALU64 | BPF_MOV | BPF_K
+const IF: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
 const UNLESS: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
+const IF_ABOVE: u8 = 0x25; // BPF_JMP | BPF_JGT | BPF_K
+const IF_BELOW: u8 = 0xa5; // BPF_JMP | BPF_JLT | BPF_K
 const CALL: u8 = 0x85; // BPF_JMP | BPF_CALL
 const EXIT: u8 = 0x95; // BPF_JMP | BPF_EXIT
 /// `access_type` of `struct bpf_cgroup_dev_ctx`: the kind of device below, what is done with it above.
 const CHARACTER: i32 = 2; // BPF_DEVCG_DEV_CHAR
+const KIND: i32 = 0xffff;
 const READ_WRITE: i32 = (2 | 4) << 16; // BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE
 /// Fewest instructions that every kernel takes from root (BPF_MAXINSNS).
 const MOST: usize = 4096;
@@ -50,8 +56,6 @@ pub fn is_wide(program: &[Instruction], devices: &[(u32, u32)]) -> bool {
 }
 
 fn beginning(devices: &[(u32, u32)]) -> Vec<Instruction> {
-    let op =
-        |code, to: u8, from: u8, offset, constant| Instruction { code, registers: from << 4 | to, offset, constant };
     let to_old = i16::try_from(devices.len() * 4).unwrap_or(i16::MAX);
     // Register 1, the context, stays for the old program.
     let mut new = vec![
@@ -71,6 +75,50 @@ fn beginning(devices: &[(u32, u32)]) -> Vec<Instruction> {
         ]);
     }
     new
+}
+
+/// The program that lets nothing be done with these character devices (major, minor), and everything else. It grows with
+/// the gaps between the minors, not with their number.
+pub fn deny(devices: &BTreeSet<(u32, u32)>) -> Result<Vec<Instruction>, String> {
+    let mut new = vec![
+        op(LOAD_WORD, 2, 1, 0, 0), // access_type
+        op(LOAD_WORD, 3, 1, 4, 0), // major
+        op(LOAD_WORD, 4, 1, 8, 0), // minor
+        op(AND, 2, 0, 0, KIND),
+        op(IF, 2, 0, 2, CHARACTER),
+        op(SET, 0, 0, 0, 1),
+        op(EXIT, 0, 0, 0, 0),
+    ];
+    for (major, first, last) in ranges(devices) {
+        new.extend([
+            op(UNLESS, 3, 0, 4, major as i32),
+            op(IF_BELOW, 4, 0, 3, first as i32),
+            op(IF_ABOVE, 4, 0, 2, last as i32),
+            op(SET, 0, 0, 0, 0),
+            op(EXIT, 0, 0, 0, 0),
+        ]);
+    }
+    new.extend([op(SET, 0, 0, 0, 1), op(EXIT, 0, 0, 0, 0)]);
+    match new.len() <= MOST {
+        true => Ok(new),
+        false => Err(format!("a program that denies just these devices would have more than {MOST} instructions")),
+    }
+}
+
+/// Majors with their runs of minors, first and last.
+fn ranges(devices: &BTreeSet<(u32, u32)>) -> Vec<(u32, u32, u32)> {
+    let mut ranges: Vec<(u32, u32, u32)> = vec![];
+    for (major, minor) in devices {
+        match ranges.last_mut() {
+            Some((same, _, last)) if (*same, last.saturating_add(1)) == (*major, *minor) => *last = *minor,
+            _ => ranges.push((*major, *minor, *minor)),
+        }
+    }
+    ranges
+}
+
+fn op(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> Instruction {
+    Instruction { code, registers: from << 4 | to, offset, constant }
 }
 
 #[cfg(test)]
@@ -102,10 +150,12 @@ mod tests {
                 0x57 | 0x5f => registers[to] = old & other,
                 0x74 => registers[to] = u64::from(old as u32 >> constant),
                 0x77 => registers[to] = old >> constant,
-                0x05 | 0x15 | 0x1d | 0x55 | 0x5d => {
+                0x05 | 0x15 | 0x1d | 0x55 | 0x5d | IF_ABOVE | IF_BELOW => {
                     let jumps = match i.code {
                         0x15 | 0x1d => old == other,
                         0x55 | 0x5d => old != other,
+                        IF_ABOVE => old > other,
+                        IF_BELOW => old < other,
                         _ => true,
                     };
                     at = if jumps { at.checked_add_signed(i.offset.into())? } else { at };
@@ -113,10 +163,6 @@ mod tests {
                 _ => return None,
             }
         }
-    }
-
-    fn op(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> Instruction {
-        Instruction { code, registers: from << 4 | to, offset, constant }
     }
 
     /// A rule as runc and crun compile it: kind of device, access bits, major and minor where they matter, verdict.
@@ -181,6 +227,36 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_what_is_denied_is(
+            denied in proptest::collection::btree_set((prop_oneof![Just(195_u32), Just(240)], 0..12_u32), 0..20),
+        ) {
+            let program = deny(&denied).unwrap();
+            for kind in [0, BLOCK, CHAR, 3] {
+                for access in 0..8 {
+                    for major in [0, 1, 194, 195, 196, 240, u32::MAX] {
+                        for minor in (0..14).chain([u32::MAX]) {
+                            let question = [access << 16 | kind, major, minor];
+                            let is_denied = kind == CHAR && denied.contains(&(major, minor));
+                            prop_assert_eq!(decide(&program, question), Some(!is_denied), "{:?}", question);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_thousand_minors_but_a_few_are_a_short_program() {
+        // What mig-minors lists, less two slices.
+        let denied = (1..=4322).filter(|minor| ![12, 13, 30, 31].contains(minor)).map(|minor| (236, minor)).collect();
+        assert_eq!(ranges(&denied), [(236, 1, 11), (236, 14, 29), (236, 32, 4322)]);
+        assert!(deny(&denied).unwrap().len() < 30);
+        let every_second = (0..2000).map(|minor| (236, 2 * minor)).collect();
+        assert!(deny(&every_second).unwrap_err().contains("more than 4096 instructions"));
     }
 
     #[test]
