@@ -162,10 +162,19 @@ impl Host {
         self.access(&format!("gpu{gpu}/mig/gi{gi}/ci{ci}/access"))
     }
 
-    /// Minors of all capabilities of MIG that the driver may ever give, those of configuration and monitoring among them.
+    /// Minors of all capabilities of MIG that the driver may ever give on the GPUs here, those of configuration and monitoring
+    /// among them.
     pub fn capability_minors(&self) -> Result<Vec<u32>, HostError> {
         let text = read(&self.proc_root.join("driver/nvidia-caps/mig-minors"))?;
-        Ok(text.lines().filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).collect())
+        let capabilities = self.proc_root.join("driver/nvidia/capabilities");
+        // The driver lists them for 32 GPUs, wherever so many are.
+        let is_here = |gpu: &str| !gpu.starts_with("gpu") || capabilities.join(gpu).is_dir();
+        let of_line = |line: &str| {
+            let (name, minor) = line.rsplit_once(' ')?;
+            let gpu = name.split('/').next()?;
+            minor.parse().ok().filter(|_| is_here(gpu))
+        };
+        Ok(text.lines().filter_map(of_line).collect())
     }
 
     fn access(&self, relative: &str) -> Result<u32, HostError> {
@@ -425,6 +434,17 @@ mod tests {
     fn the_capability_file_as_the_driver_writes_it() {
         assert_eq!(access_minor("DeviceFileMinor: 12\nDeviceFileMode: 292\nDeviceFileModify: 1\n"), Some(12));
         assert_eq!(access_minor("DeviceFileMode: 292\n"), None);
+    }
+
+    #[test]
+    fn capabilities_are_those_of_the_gpus_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str| dir.path().join("driver").join(name);
+        fs::create_dir_all(of("nvidia/capabilities/gpu0")).unwrap();
+        fs::create_dir_all(of("nvidia-caps")).unwrap();
+        let text = "config 1\nmonitor 2\ngpu0/gi0/access 3\ngpu0/gi0/ci0/access 4\ngpu1/gi0/access 138\n";
+        fs::write(of("nvidia-caps/mig-minors"), text).unwrap();
+        assert_eq!(Host::at(dir.path(), dir.path(), dir.path()).capability_minors().unwrap(), [1, 2, 3, 4]);
     }
 
     #[test]

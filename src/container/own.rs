@@ -60,11 +60,6 @@ impl Own {
         File::options().write(true).open(&file).map_err(failed(format!("open {}", file.display())))
     }
 
-    /// Keeps its processes from opening these devices.
-    pub fn confine(&self, _denied: &[(u32, u32)]) -> Result<(), ContainerError> {
-        Err(refused("no device can be denied yet"))
-    }
-
     /// Takes it away. `false`: a process or a cgroup is still in it. One that has gone is no error.
     pub fn remove(&self) -> Result<bool, ContainerError> {
         remove_directory(&self.dir())

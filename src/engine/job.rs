@@ -1,6 +1,5 @@
 //! Leases of bare processes: jobs of batch systems, by their key, and what is alive of jobs and commands.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
 
@@ -128,14 +127,13 @@ impl Engine<'_> {
     /// in MIG mode that are ours to give. Others are none of our business.
     pub fn confine(&self, lease: Option<&Lease>, cgroup: &Own) -> Result<(), Failure> {
         let majors = self.host.known_majors()?;
-        let own: BTreeSet<u32> = lease.iter().flat_map(|lease| lease.minors()).collect();
-        let gpus: BTreeSet<u32> = lease.iter().flat_map(|lease| &lease.slices).map(|slice| slice.gpu_minor).collect();
-        let caps = self.host.capability_minors()?.into_iter().filter(|minor| !own.contains(minor));
-        let managed = self.managed_gpus()?.into_iter().filter(|gpu| gpu.mig == MigMode::On).map(|gpu| gpu.minor);
-        let parents = managed.filter(|minor| !gpus.contains(minor));
-        let denied: Vec<(u32, u32)> =
-            caps.map(|minor| (majors.caps, minor)).chain(parents.map(|minor| (majors.nvidia, minor))).collect();
-        Ok(cgroup.confine(&denied)?)
+        let slices = lease.map(|lease| lease.slices.as_slice()).unwrap_or_default();
+        let own = nodes_of(&self.host, slices, majors).into_iter().filter(|_| !slices.is_empty());
+        let allowed: Vec<(u32, u32)> = own.map(|node| (node.major, node.minor)).collect();
+        let caps = self.host.capability_minors()?.into_iter().map(|minor| (majors.caps, minor));
+        let managed = self.managed_gpus()?.into_iter().filter(|gpu| gpu.mig == MigMode::On);
+        let denied: Vec<(u32, u32)> = caps.chain(managed.map(|gpu| (majors.nvidia, gpu.minor))).collect();
+        Ok(cgroup.confine(&allowed, &denied)?)
     }
 
     fn publish_job(&self, gid: u32, public: &Public) -> Result<(), Failure> {
