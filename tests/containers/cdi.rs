@@ -143,6 +143,40 @@ fn podman(runtime: &str) {
     assert!(!offering.spec.exists(), "the refused create has mended the spec");
 }
 
+/// `migctl run -- podman run`: the container uses what the command around it holds.
+#[test]
+fn podman_within_migctl_run() {
+    let Some(site) = Site::new(&["podman", "runc"]) else { return };
+    let podman = site.podman_alone("runc");
+    let name = site.path("").file_name().unwrap().to_str().unwrap().to_owned();
+    let spec = format!("{SPECS}/{name}.json");
+    let migctl = crate::binaries().join("migctl");
+    let script = site.script(
+        "job",
+        &format!(
+            "set -e\n{migctl} --config {config} cdi --lease $MIG_LEASE --output {spec}\n\
+             {podman} run --rm --device mig-hook.io/slice=$MIG_LEASE {IMAGE} sh -c 'echo $CUDA_VISIBLE_DEVICES; mig-probe'\n\
+             echo outside $CUDA_VISIBLE_DEVICES",
+            migctl = migctl.display(),
+            config = site.config().display(),
+            podman = podman.program.display(),
+        ),
+    );
+    let mut command = Command::new(&migctl);
+    command.envs(podman.env.iter().map(|(name, value)| (name, value)));
+    command.arg("--config").arg(site.config()).args(["run", "2g.20gb", "--"]).arg(script);
+    let output = run(&mut command);
+    let _ = std::fs::remove_file(&spec);
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    let uuid = said.lines().find_map(|line| line.strip_prefix("outside ")).expect("its end").to_owned();
+    assert!(uuid.starts_with("MIG-") && said.contains(&format!("CUDA_VISIBLE_DEVICES={uuid}\n")), "{said}");
+    let verdict = |line: &&str| line.starts_with("/dev/nvidia-caps/");
+    let caps: Vec<&str> = said.lines().filter(verdict).collect();
+    assert!(caps.len() == 2 && caps.iter().all(|line| line.contains("allowed")), "{said}");
+    site.clean("after migctl run");
+}
+
 #[test]
 fn podman_by_device() {
     podman("runc");

@@ -298,6 +298,27 @@ fn without_root_a_slice_that_is_reserved() {
 }
 
 #[test]
+fn without_root_the_slice_of_ones_job() {
+    let Some(site) = Site::new(&["podman", "crun"]) else { return };
+    let Some(house) = House::new(&site) else { return };
+    let Some(podman) = house.user("crun") else { return };
+    let job = |args: &[&str]| {
+        let mut command = Command::new(binaries().join("migctl"));
+        command.arg("--config").arg(site.config()).arg("job").args(args).args(["--key", "pbs:7"]);
+        must(&mut command)
+    };
+    job(&["start", "--uid", &UID.to_string(), "--gid", &UID.to_string(), "1g.10gb"]);
+    let environment = job(&["env", "--format", "docker"]);
+    let uuid = environment.lines().find_map(|line| line.strip_prefix("MIG_UUID=")).expect("MIG_UUID").to_owned();
+    let said = must(&mut podman.request(&[&format!("mig.uuid={uuid}")], &["--rm"], &["sh", "-c", "env; mig-probe"]));
+    assert_opens(&said);
+    assert!(said.contains(&format!("CUDA_VISIBLE_DEVICES={uuid}")), "{said}");
+    assert_eq!(site.leases()[0]["holder"]["job"], "pbs:7");
+    job(&["end"]);
+    site.clean("after the job's end");
+}
+
+#[test]
 fn without_root_but_with_the_capability_for_configuring_slices_are_cut() {
     let Some(site) = Site::new(&["podman", "crun"]) else { return };
     let Some(house) = House::new(&site) else { return };
