@@ -3,6 +3,8 @@
 //!
 //! Nothing enters a namespace: `/proc/PID/root` leads to what init sees before it pivots, and every step below it is taken
 //! by descriptor, with openat2(2), so that no link of the image leads out.
+//!
+//! And the cgroups of those who have no container, bare processes and jobs: [`Own`].
 
 mod bpf;
 mod cgroup;

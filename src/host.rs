@@ -165,16 +165,17 @@ impl Host {
     /// Minors of all capabilities of MIG that the driver may ever give on the GPUs here, those of configuration and monitoring
     /// among them.
     pub fn capability_minors(&self) -> Result<Vec<u32>, HostError> {
-        let text = read(&self.proc_root.join("driver/nvidia-caps/mig-minors"))?;
-        let capabilities = self.proc_root.join("driver/nvidia/capabilities");
+        let path = self.proc_root.join("driver/nvidia-caps/mig-minors");
+        let text = read(&path)?;
+        // What is not understood is not left out: whoever is to be kept from all of them must be.
+        let listed = listed_minors(&text).map_err(|line| HostError::Content {
+            path: path.display().to_string(),
+            what: format!("has the line {line:?}, where the name and the minor of a capability were expected"),
+        })?;
         // The driver lists them for 32 GPUs, wherever so many are.
-        let is_here = |gpu: &str| !gpu.starts_with("gpu") || capabilities.join(gpu).is_dir();
-        let of_line = |line: &str| {
-            let (name, minor) = line.rsplit_once(' ')?;
-            let gpu = name.split('/').next()?;
-            minor.parse().ok().filter(|_| is_here(gpu))
-        };
-        Ok(text.lines().filter_map(of_line).collect())
+        let capabilities = self.proc_root.join("driver/nvidia/capabilities");
+        let is_here = |name: &str| !name.starts_with("gpu") || capabilities.join(name).is_dir();
+        Ok(listed.into_iter().filter(|(name, _)| is_here(name)).map(|(_, minor)| minor).collect())
     }
 
     fn access(&self, relative: &str) -> Result<u32, HostError> {
@@ -217,6 +218,15 @@ pub fn major(devices: &str, name: &str) -> Option<u32> {
 /// The minor in the text of a capability's `access` file.
 pub fn access_minor(text: &str) -> Option<u32> {
     text.lines().find_map(|line| line.strip_prefix("DeviceFileMinor:")?.trim().parse().ok())
+}
+
+/// What the lines of mig-minors are of (`gpu0`, `config`), and the minors; or the line that has none.
+fn listed_minors(text: &str) -> Result<Vec<(&str, u32)>, &str> {
+    let of_line = |line| {
+        let (name, minor): (&str, &str) = str::rsplit_once(line, ' ')?;
+        Some((name.split('/').next()?, minor.parse().ok()?))
+    };
+    text.lines().map(|line| of_line(line).ok_or(line)).collect()
 }
 
 /// The process with that pid, if it is alive. A zombie is dead: kill(pid, 0) says otherwise.
@@ -444,7 +454,11 @@ mod tests {
         fs::create_dir_all(of("nvidia-caps")).unwrap();
         let text = "config 1\nmonitor 2\ngpu0/gi0/access 3\ngpu0/gi0/ci0/access 4\ngpu1/gi0/access 138\n";
         fs::write(of("nvidia-caps/mig-minors"), text).unwrap();
-        assert_eq!(Host::at(dir.path(), dir.path(), dir.path()).capability_minors().unwrap(), [1, 2, 3, 4]);
+        let host = Host::at(dir.path(), dir.path(), dir.path());
+        assert_eq!(host.capability_minors().unwrap(), [1, 2, 3, 4]);
+        fs::write(of("nvidia-caps/mig-minors"), format!("{text}gpu1/gi0/access none\n")).unwrap();
+        let error = host.capability_minors().unwrap_err().to_string();
+        assert!(error.contains("mig-minors has the line \"gpu1/gi0/access none\""), "{error}");
     }
 
     #[test]

@@ -22,6 +22,10 @@ impl Own {
     ///
     /// On v1 an error comes where a cgroup above denies one of `allowed`; v2 does not tell. Where a v1 cgroup lists what may
     /// be opened, and has one entry for all devices of a major, `allowed` is all that stays of it.
+    ///
+    /// On v2 it is refused where a device program allows none beside it, and afterwards the kernel refuses (EPERM) such a
+    /// program for this cgroup. Slurm's cgroup/v2 attaches such ones to a job where gres.conf names device files and
+    /// ConstrainDevices is on.
     pub fn confine(&self, allowed: &[(u32, u32)], denied: &[(u32, u32)]) -> Result<(), ContainerError> {
         let allowed: Devices = allowed.iter().copied().collect();
         let denied: Devices = denied.iter().copied().filter(|device| !allowed.contains(device)).collect();
@@ -103,14 +107,14 @@ fn by_program(place: &Place, denied: &Devices) -> Result<(), ContainerError> {
             None => bpf::add(&cgroup, PROGRAM, &instructions, bpf::ALLOW_MULTI),
         }
     };
-    stands_alone(place)?;
+    must_allow_others(place)?;
     again(attach).map_err(failed(format!("attach a device program to {}", dir.display())))
 }
 
 /// Refuses a cgroup to which no program can be added, or only so that another has no effect any more. The kernel runs those of
-/// the nearest cgroup that has some, and those further up that allow others (compute_effective_progs and
-/// hierarchy_allows_attach in kernel/bpf/cgroup.c).
-fn stands_alone(place: &Place) -> Result<(), ContainerError> {
+/// the nearest cgroup that has some, and those further up that allow others (BPF_PROG_ATTACH in linux/bpf.h;
+/// compute_effective_progs and hierarchy_allows_attach in kernel/bpf/cgroup.c).
+fn must_allow_others(place: &Place) -> Result<(), ContainerError> {
     let dir = place.dir();
     for dir in dir.ancestors().take_while(|dir| dir.starts_with(&place.mount)) {
         let programs = again(|| bpf::attached(&File::open(dir)?));
@@ -129,4 +133,90 @@ fn stands_alone(place: &Place) -> Result<(), ContainerError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+    use std::process::Command;
+
+    fn devices(list: &[(u32, u32)]) -> Devices {
+        list.iter().copied().collect()
+    }
+
+    #[test]
+    fn what_is_written_depends_on_what_the_list_begins_with() {
+        let (own, others) = (devices(&[(240, 7)]), devices(&[(195, 1), (240, 8)]));
+        let written = |list: &str| rules(list, &own, &others).map(|(allow, deny)| (allow.join(", "), deny.join(", ")));
+        let expected = |deny: &str| Ok(("c 240:7 rw".to_owned(), deny.to_owned()));
+        assert_eq!(written("a *:* rwm\n"), expected("c 195:1 rwm, c 240:8 rwm"));
+        assert_eq!(written(""), expected(""));
+        assert_eq!(written("c 1:3 rwm\nc 240:8 r\nc 240:9 rw\nb 195:1 rwm\n"), expected("c 240:8 rwm"));
+        assert_eq!(written("c 240:* rwm\nc 195:* m\nc 195:1 w\n"), expected("c 240:* rwm, c 195:1 rwm"));
+        assert_eq!(written("c *:8 m\n"), expected(""));
+        assert!(written("c *:8 r\n").unwrap_err().contains("c *:8 r lets devices of every major"));
+    }
+
+    /// Where cgroup v2 is mounted. `None` also where the test was over when it had been started again with such a mount.
+    fn tree() -> Option<PathBuf> {
+        const TREE: &str = "MIG_TEST_CGROUP2";
+        if let Some(dir) = std::env::var_os(TREE) {
+            return Some(dir.into());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let with_tree = |words: &[&str]| {
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "--propagation", "private", "sh", "-c"]).env(TREE, dir.path());
+            command.arg("mount -t cgroup2 none $MIG_TEST_CGROUP2 && exec \"$@\"").arg("sh").args(words).output()
+        };
+        if !with_tree(&["sh", "-c", "test -w $MIG_TEST_CGROUP2/cgroup.procs"])
+            .is_ok_and(|output| output.status.success())
+        {
+            eprintln!("SKIP: no cgroup v2 tree can be mounted here");
+            return None;
+        }
+        let (exe, thread) = (std::env::current_exe().unwrap(), std::thread::current());
+        // More than one thread, or the test would run in the main thread and not know its name.
+        let words = [exe.to_str().unwrap(), "--test-threads", "2", "--exact", thread.name().unwrap()];
+        let output = with_tree(&words).unwrap();
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        None
+    }
+
+    #[test]
+    fn a_program_that_stands_alone_is_not_switched_off() {
+        let Some(mount) = tree() else { return };
+        let name = format!("/mig-hook-test-{}", std::process::id());
+        let job =
+            Own { place: Place { version: Version::Two, mount, root: String::new(), below: name.clone() + "/job" } };
+        let above = job.dir().parent().unwrap().to_owned();
+        let [alone, gives_way, together] = [0, 1, bpf::ALLOW_MULTI];
+        let attach = |dir: &Path, flags| {
+            let nothing = program::deny(&devices(&[])).unwrap();
+            bpf::add(&File::open(dir).unwrap(), *b"theirs\0\0\0\0\0\0\0\0\0\0", &nothing, flags)
+        };
+        for (dir, flags) in [(&above, alone), (&above, gives_way), (&job.dir(), alone), (&job.dir(), gives_way)] {
+            fs::create_dir_all(job.dir()).unwrap();
+            attach(dir, flags).unwrap();
+            let error = job.confine(&[], &[(240, 8)]).unwrap_err().to_string();
+            // In one case the kernel would let it happen.
+            let kernel = attach(&job.dir(), together);
+            fs::remove_dir(job.dir()).unwrap();
+            fs::remove_dir(&above).unwrap();
+            assert!(error.contains(&format!("\"theirs\" of {} allows none beside it", dir.display())), "{error}");
+            assert_eq!(kernel.is_ok(), dir == &above && flags == gives_way, "{kernel:?}");
+        }
+        fs::create_dir_all(job.dir()).unwrap();
+        attach(&above, together).unwrap();
+        attach(&job.dir(), together).unwrap();
+        let done = job.confine(&[], &[(240, 8)]);
+        let later = attach(&job.dir(), gives_way).unwrap_err();
+        let programs = bpf::attached(&File::open(job.dir()).unwrap()).unwrap().len();
+        fs::remove_dir(job.dir()).unwrap();
+        fs::remove_dir(&above).unwrap();
+        done.unwrap();
+        assert_eq!((programs, later.raw_os_error()), (2, Some(libc::EPERM)));
+    }
 }
