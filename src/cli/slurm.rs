@@ -45,9 +45,8 @@ struct Job {
 impl Job {
     /// From the environment of a Prolog or Epilog (slurm.conf(5), "Prolog and Epilog scripts").
     fn of_environment() -> Result<Job> {
-        let number = |name: &str| -> Result<u32> {
-            Ok(variable(name)?.parse().with_context(|| format!("{name} is no number"))?)
-        };
+        let number =
+            |name: &str| -> Result<u32> { variable(name)?.parse().with_context(|| format!("{name} is no number")) };
         Ok(Job {
             key: key()?,
             id: number("SLURM_JOB_ID")?,
