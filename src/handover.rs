@@ -109,6 +109,12 @@ fn dies_with(parent: u32, command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(ask) }
 }
 
+/// Has children stay until they are asked for, and SIGCHLD come: whoever started us may have chosen to ignore them.
+pub fn notice_children() {
+    // SAFETY: SIG_DFL installs no handler code; signal(2) has no memory effects.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// Unblocks every signal: crun runs hooks with all of them blocked.
 pub fn unblock_signals() {
     // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.

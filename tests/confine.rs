@@ -88,7 +88,7 @@ impl Site {
             return no("every major for local use is taken");
         };
         let token = format!("{}-{}", this_test().replace("::", "-"), std::process::id());
-        let own = match Own::make(&token) {
+        let own = match Own::make(&token, |_| Ok::<(), mig_hook::container::ContainerError>(())) {
             Ok(own) => own,
             Err(error) => return no(&format!("no cgroup can be made: {error}")),
         };

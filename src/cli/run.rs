@@ -157,8 +157,12 @@ fn start(engine: &Engine<'_>, lease: &Lease, words: &[OsString], confined: bool,
     let [program, arguments @ ..] = words else { return Ok(Exit::Ok as u8) };
     engine.nodes_for(lease)?;
     let held = engine.hold(&lease.token)?;
-    let cgroup = match Own::make(&lease.token) {
+    // Before there is a command, it is this process that is seen.
+    let us = host::process(std::process::id()).context("this process is not in /proc")?;
+    let recorded = |path: &str| engine.attach(&lease.token, us, Some(path));
+    let cgroup = match Own::make(&lease.token, recorded) {
         Ok(cgroup) => Some(cgroup),
+        Err(gone @ Failure::Stale(_)) => return Err(gone.into()),
         Err(error) if confined => return Err(error).context("the command can't be confined"),
         Err(error) => {
             tracing::info!("the command gets no cgroup of its own: {error}");
@@ -169,9 +173,6 @@ fn start(engine: &Engine<'_>, lease: &Lease, words: &[OsString], confined: bool,
         engine.confine(Some(lease), cgroup)?;
     }
     let path = cgroup.as_ref().map(Own::path);
-    let path = path.as_deref();
-    // Before there is a command: then it is this process that is seen.
-    engine.attach(&lease.token, host::process(std::process::id()).context("this process is not in /proc")?, path)?;
     let mut command = Command::new(program);
     command.args(arguments).envs(environment(lease));
     handover::dies_with_us(&mut command);
@@ -186,7 +187,7 @@ fn start(engine: &Engine<'_>, lease: &Lease, words: &[OsString], confined: bool,
         Err(error) => return Ok(not_started(program, &error)),
     };
     if let Some(init) = host::process(child.id()) {
-        engine.attach(&lease.token, init, path)?;
+        engine.attach(&lease.token, init, path.as_deref())?;
     }
     loop {
         signals.forward_next(child.id())?;
@@ -269,6 +270,7 @@ const HARMLESS: [Signal; 4] = [Signal::SIGCHLD, Signal::SIGCONT, Signal::SIGURG,
 
 impl Signals {
     fn begin() -> Result<Signals> {
+        handover::notice_children();
         let mut all = SigSet::all();
         OBEYED.into_iter().for_each(|signal| all.remove(signal));
         let mut ends = all;

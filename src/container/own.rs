@@ -19,14 +19,21 @@ pub struct Own {
 }
 
 impl Own {
-    /// Makes `mig-hook-TOKEN` in the cgroup that we are in ourselves, whose limits hold for it too.
-    pub fn make(token: &str) -> Result<Own, ContainerError> {
+    /// Makes `mig-hook-TOKEN` in the cgroup that we are in ourselves, whose limits hold for it too. `record` is told its
+    /// [path](Own::path) before it is made, so that it is found should this process die then.
+    pub fn make<E: From<ContainerError>>(token: &str, record: impl FnOnce(&str) -> Result<(), E>) -> Result<Own, E> {
+        let place = Own::beside_us(token)?;
+        record(&place.path())?;
+        Ok(Own::at_place(place)?)
+    }
+
+    fn beside_us(token: &str) -> Result<Place, ContainerError> {
         let ours = read("/proc/self/cgroup")?;
         let Some(ours) = place(&mountinfo()?, &ours) else {
             return Err(refused("no cgroup tree with device rules is mounted here in which we are"));
         };
         let below = format!("{}/{PREFIX}{token}", ours.below.trim_end_matches('/'));
-        Own::at_place(Place { below, ..ours })
+        Ok(Place { below, ..ours })
     }
 
     /// The cgroup at `path`, made where it is missing, and those above it. `path` is either that of its directory or, if
@@ -205,7 +212,10 @@ mod tests {
     /// `None`, and noted, where we may make no cgroup.
     fn own(name: &str) -> Option<Made> {
         let token = format!("test-{name}-{}", std::process::id());
-        Own::make(&token).map(Made).inspect_err(|error| eprintln!("SKIP: no cgroup can be made here: {error}")).ok()
+        Own::make(&token, |_| Ok::<(), ContainerError>(()))
+            .map(Made)
+            .inspect_err(|error| eprintln!("SKIP: no cgroup can be made here: {error}"))
+            .ok()
     }
 
     #[test]
