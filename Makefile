@@ -11,6 +11,7 @@ MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
 CRIODIR := $(DATADIR)/mig-hook/hooks.d/crio
 SCHEMADIR := $(DATADIR)/mig-hook/schema
+SLURMDIR := $(LIBEXECDIR)/mig-hook/slurm
 GRAFANADIR := $(DATADIR)/mig-hook/grafana
 BASHDIR := $(DATADIR)/bash-completion/completions
 ZSHDIR := $(DATADIR)/zsh/site-functions
@@ -74,6 +75,11 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	    target=$(DESTDIR)$$dir/$$(basename "$$hook" .in); \
 	    sed 's|@LIBEXECDIR@|$(LIBEXECDIR)|' "$$hook" >"$$target" && chmod 644 "$$target" || exit 1; \
 	done
+	install -d -m 755 $(DESTDIR)$(SLURMDIR)
+	for script in prolog task-prolog epilog; do \
+	    target=$(DESTDIR)$(SLURMDIR)/$$script; \
+	    sed 's|@BINDIR@|$(BINDIR)|' "packaging/slurm/$$script.in" >"$$target" && chmod 755 "$$target" || exit 1; \
+	done
 	install -D -m 644 -t $(DESTDIR)$(SCHEMADIR) docs/schema/*
 	install -D -m 644 -t $(DESTDIR)$(GRAFANADIR) packaging/grafana/mig-hook.json
 	install -d -m 755 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
@@ -88,10 +94,11 @@ uninstall: ## take that away again; settings and state stay
 	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(wildcard docs/man/*.8)))
 	rm -f $(addprefix $(DESTDIR)$(HOOKSDIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/*.json.in))))
 	rm -f $(addprefix $(DESTDIR)$(CRIODIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/crio/*.json.in))))
+	rm -f $(addprefix $(DESTDIR)$(SLURMDIR)/,prolog task-prolog epilog)
 	rm -f $(addprefix $(DESTDIR)$(SCHEMADIR)/,$(notdir $(wildcard docs/schema/*)))
 	rm -f $(DESTDIR)$(GRAFANADIR)/mig-hook.json
 	rm -f $(DESTDIR)$(BASHDIR)/migctl $(DESTDIR)$(ZSHDIR)/_migctl $(DESTDIR)$(FISHDIR)/migctl.fish
-	-rmdir $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
+	-rmdir $(DESTDIR)$(SLURMDIR) $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
 	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(GRAFANADIR) $(DESTDIR)$(DATADIR)/mig-hook
 
 clean: ## remove what was built

@@ -408,6 +408,12 @@ pub fn boot_id() -> Result<String, HostError> {
     Ok(read(Path::new("/proc/sys/kernel/random/boot_id"))?.trim().to_owned())
 }
 
+/// This machine's name up to the first dot, as Slurm takes it for a node's.
+pub fn name() -> Result<String, HostError> {
+    let name = read(Path::new("/proc/sys/kernel/hostname"))?;
+    Ok(name.trim().split('.').next().unwrap_or_default().to_owned())
+}
+
 /// A new lease token: 128 random bits as hex.
 pub fn token() -> Result<String, HostError> {
     let uuid = read(Path::new("/proc/sys/kernel/random/uuid"))?;

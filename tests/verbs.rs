@@ -45,6 +45,8 @@ mod profiles;
 mod queue;
 #[path = "verbs/release.rs"]
 mod release;
+#[path = "verbs/slurm.rs"]
+mod slurm;
 #[path = "verbs/top.rs"]
 mod top;
 

@@ -400,7 +400,7 @@ impl Engine {
 }
 
 /// mig-runtime, which is installed beside migctl.
-fn shim() -> Result<PathBuf> {
+pub(super) fn shim() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("cannot tell where migctl itself is")?;
     let path = exe.with_file_name("mig-runtime");
     match path.is_file() {
@@ -418,7 +418,7 @@ fn hooks_dir() -> PathBuf {
 }
 
 /// The low-level runtime that is named by its path or name, else by the settings, else the one that is installed.
-fn low_level(given: Option<&str>, settings: &Settings, shim: &Path) -> Result<PathBuf> {
+pub(super) fn low_level(given: Option<&str>, settings: &Settings, shim: &Path) -> Result<PathBuf> {
     let path = match given {
         Some(path) if path.contains('/') => PathBuf::from(path),
         Some(name) => first::installed(name).ok_or_else(|| {

@@ -125,7 +125,7 @@ enum Verb {
     Run(run::Args),
     /// Give slices to the jobs of a batch system: for its prologs and epilogs
     Job(job::Args),
-    /// What Slurm calls on a node, and what to put into its files
+    /// What Slurm calls on a node, and what its files have to say
     Slurm(slurm::Args),
     /// Print or write the CDI spec of the slices that a container may name
     Cdi(cdi::Args),

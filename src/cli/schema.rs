@@ -32,6 +32,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("plan", schema::<plan::Answer>("plan")),
         ("profiles", schema::<profiles::Profiles>("profiles")),
         ("queue", schema::<queue::Queue>("queue")),
+        ("slurm", schema::<crate::slurm::counts::Node>("slurm")),
         ("map", schema::<map::Map>("map")),
         ("release", schema::<release::Answer>("release")),
         ("top", schema::<top::Frame>("top")),

@@ -1,4 +1,4 @@
-//! `migctl slurm`: what Slurm's Prolog, TaskProlog and Epilog call, on top of `migctl job`.
+//! `migctl slurm`: what Slurm's Prolog, TaskProlog and Epilog call, on top of `migctl job`, and what its files have to say.
 //!
 //! A Prolog or Epilog that fails drains the node: so these two end with 0 whatever happens, and what went wrong is told to
 //! the job, by its TaskProlog, and to the log.
@@ -7,11 +7,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::config::Settings;
+use crate::config::{ConfigError, Settings};
 use crate::first;
 use crate::job::Key;
 use crate::report::{self, Exit};
 
+mod config;
 mod epilog;
 mod prolog;
 mod task_prolog;
@@ -31,6 +32,8 @@ enum Verb {
     TaskProlog,
     /// As Epilog: take back what the job has
     Epilog,
+    /// Print what slurm.conf, gres.conf, oci.conf, job_submit.lua and cli_filter.lua have to say
+    Config(config::Args),
 }
 
 /// The job that Slurm calls us for.
@@ -66,10 +69,26 @@ fn key() -> Result<Key> {
     Key::of_slurm(&variable("SLURM_CLUSTER_NAME")?, &variable("SLURM_JOB_ID")?).map_err(|why| anyhow!(why))
 }
 
-pub(super) fn run(config: Option<&Path>, args: &Args, _json: bool) -> Result<Exit> {
+pub(super) fn run(config: Option<&Path>, args: &Args, json: bool) -> Result<Exit> {
+    match &args.verb {
+        Verb::Prolog => {
+            let (settings, broken) = settings(config);
+            Ok(said(prolog::run(&settings, broken)))
+        }
+        Verb::Epilog => Ok(said(epilog::run(&settings(config).0))),
+        Verb::TaskProlog => task_prolog::run(&settings(config).0),
+        Verb::Config(args) => {
+            let settings = Settings::load(config)?;
+            report::start_logging(&settings, true);
+            config::run(&settings, args, json)
+        }
+    }
+}
+
+/// Settings that serve even where the file does not: its jobs are refused then, and told so, where they look for it.
+fn settings(config: Option<&Path>) -> (Settings, Option<ConfigError>) {
     let (settings, broken) = match Settings::load(config) {
         Ok(settings) => (settings, None),
-        // Its jobs are refused, and told so, where they look for it.
         Err(error) => {
             let outline = first::Outline::read(config);
             let state_dir = first::state_dir(outline.state_dir);
@@ -77,11 +96,7 @@ pub(super) fn run(config: Option<&Path>, args: &Args, _json: bool) -> Result<Exi
         }
     };
     report::start_logging(&settings, true);
-    match args.verb {
-        Verb::Prolog => Ok(said(prolog::run(&settings, broken))),
-        Verb::Epilog => Ok(said(epilog::run(&settings))),
-        Verb::TaskProlog => task_prolog::run(&settings),
-    }
+    (settings, broken)
 }
 
 /// What went wrong, in slurmd's log and ours, and never in the exit code.

@@ -64,10 +64,13 @@ impl Store {
     }
 
     /// The directory of that user's own in which runtimes keep what they know of the containers of jobs, made where it is
-    /// missing: `runtime/UID`, 0700.
-    pub fn runtime_root(&self, uid: u32, gid: u32) -> Result<PathBuf, StoreError> {
+    /// missing: `runtime/NAME`, 0700. By name, since that is what every release of Slurm can put into a path.
+    pub fn runtime_root(&self, user: &str, uid: u32, gid: u32) -> Result<PathBuf, StoreError> {
         self.open_to_all("runtime")?;
-        let path = self.dir.join("runtime").join(uid.to_string());
+        let path = self.dir.join("runtime").join(user);
+        if user.contains('/') || user.starts_with('.') {
+            return Err(io_error("create", &path)(io::ErrorKind::InvalidFilename.into()));
+        }
         match DirBuilder::new().mode(0o700).create(&path) {
             // Its parent is ours: nobody else can have put anything else there.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -131,9 +134,10 @@ mod tests {
             return; // chown
         }
         let (_dir, store, _lock) = store();
-        let path = store.runtime_root(4711, 4712).unwrap();
-        assert_eq!(store.runtime_root(4711, 4712).unwrap(), path);
+        let path = store.runtime_root("alice", 4711, 4712).unwrap();
+        assert_eq!(store.runtime_root("alice", 4711, 4712).unwrap(), path);
         let meta = path.symlink_metadata().unwrap();
         assert_eq!((meta.mode() & 0o777, meta.uid(), meta.gid()), (0o700, 4711, 4712));
+        assert!(store.runtime_root("../x", 4711, 4712).is_err());
     }
 }

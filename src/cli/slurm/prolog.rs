@@ -19,7 +19,7 @@ use super::Job;
 pub(super) fn run(settings: &Settings, broken: Option<ConfigError>) -> Result<()> {
     let job = Job::of_environment()?;
     // Also a job that asks for no slice may have a step in a container.
-    Store::open(&settings.state_dir)?.runtime_root(job.uid, job.gid)?;
+    Store::open(&settings.state_dir)?.runtime_root(&super::variable("SLURM_JOB_USER")?, job.uid, job.gid)?;
     let comment = std::env::var("SLURM_JOB_COMMENT").unwrap_or_default();
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
