@@ -85,7 +85,7 @@ pub(super) fn checks(slurm: &Slurm, root: &Root, gpus: &[Seen]) -> Vec<Check> {
         }];
     };
     let programs = ["prolog", "epilog", "task-prolog"].map(|stage| program(conf, file, root, stage));
-    let in_oci = slurm.oci.as_ref().is_some_and(|(_, oci)| oci.value("runtimerun").is_some_and(|run| ours(run)));
+    let in_oci = slurm.oci.as_ref().is_some_and(|(_, oci)| oci.value("runtimerun").is_some_and(ours));
     let types = conf.words("grestypes");
     if !programs.iter().any(Program::is_ours) && !in_oci && !COUNTED.iter().any(|name| types.iter().any(|t| t == name))
     {
