@@ -138,7 +138,7 @@ pub(super) fn run(config: Option<&Path>, args: &Args, json: bool) -> Result<Exit
     checks.extend(runtimes::checks(&runtimes, &root));
     checks.extend(settings::exposure(&settings, &engines));
     let slurm = slurm::read(&root);
-    checks.extend(slurm::checks(&slurm, &root, gpus.seen()));
+    checks.extend(slurm::checks(&slurm, &root, &settings, gpus.seen()));
     checks.extend(rivals::checks(&root, &slurm, gpus.seen()));
     checks.extend(holders::checks(&gpus, &settings, &leases));
 

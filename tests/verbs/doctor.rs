@@ -638,6 +638,15 @@ fn slurm_s_faults_one_by_one() {
         let found = machine.only(id, status);
         assert!(found.contains(part), "{file}, {to}: {found}");
     }
+    // What our settings ask of Slurm's.
+    slurm(world, 4, 4);
+    world.settings("[jobs]\nconfine = true\nwait = \"5m\"");
+    assert!(machine.only("slurm.timeout", "fail").contains("at least 330"));
+    assert!(said(&machine.check("slurm.devices")).contains("their own slices only"));
+    world.settings("[jobs]\nconfine = true");
+    world.write("host/etc/slurm/cgroup.conf", "");
+    assert!(machine.only("slurm.devices", "warn").contains("every job is refused"));
+    world.settings("");
     // GPUs that are not ours may be Slurm's.
     slurm(world, 4, 4);
     world.write("host/etc/slurm/gres.conf", "Name=gpu File=/dev/nvidia1\n");

@@ -4,6 +4,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use glob::{MatchOptions, Pattern};
 
@@ -11,6 +12,7 @@ use super::gpus::Seen;
 use super::root::Root;
 use super::slurm_conf::{self, Conf};
 use super::{Check, listed, quoted};
+use crate::config::Settings;
 use crate::gpu::{Device, MigMode};
 
 /// Where slurm.conf lies: packages, Debian before bookworm, built by hand, and the caches of slurmd without files of its own.
@@ -74,7 +76,7 @@ fn host(root: &Root) -> String {
     name.trim().split('.').next().unwrap_or_default().to_owned()
 }
 
-pub(super) fn checks(slurm: &Slurm, root: &Root, gpus: &[Seen]) -> Vec<Check> {
+pub(super) fn checks(slurm: &Slurm, root: &Root, settings: &Settings, gpus: &[Seen]) -> Vec<Check> {
     let id = "slurm.conf";
     let Some((file, conf)) = &slurm.conf else {
         return vec![match slurm.installed {
@@ -99,8 +101,14 @@ pub(super) fn checks(slurm: &Slurm, root: &Root, gpus: &[Seen]) -> Vec<Check> {
     checks.push(calls("prolog", &prolog, Check::fail, "jobs get no slice"));
     checks.push(calls("epilog", &epilog, Check::warn, "what a job had is only found by gc, some time after its end"));
     checks.push(calls("task-prolog", &task_prolog, Check::fail, "jobs are not told which slice is theirs"));
-    checks.extend([flags(conf), tracking(conf), task_plugin(conf), devices(slurm, root), submission(conf)]);
-    checks.push(timeouts(conf));
+    checks.extend([
+        flags(conf),
+        tracking(conf),
+        task_plugin(conf),
+        devices(slurm, root, settings.confine),
+        submission(conf),
+    ]);
+    checks.push(timeouts(conf, settings.job_wait));
     checks.push(types_of(&types));
     checks.push(node(conf, &slurm.host, gpus));
     checks.extend(slurm.oci.as_ref().map(|(path, oci)| containers(&root.shown(path), oci, &|p| root.is_program(p))));
@@ -256,21 +264,33 @@ fn task_plugin(conf: &Conf) -> Check {
     }
 }
 
-/// Device rules of Slurm's own are about what gres.conf lists, which slices that come and go are not.
-fn devices(slurm: &Slurm, root: &Root) -> Check {
+/// Device rules of Slurm's own are about what gres.conf lists, which slices that come and go are not. Ours are put on the
+/// cgroup that Slurm makes for its own, where cgroups are v1.
+fn devices(slurm: &Slurm, root: &Root, confine: bool) -> Check {
     let id = "slurm.devices";
     let (file, constrains) = match &slurm.cgroup {
         Some((file, conf)) => (root.shown(file), conf.value("constraindevices").is_some_and(is_yes)),
         None => ("cgroup.conf (there is none)".to_owned(), false),
     };
-    match constrains {
-        true => Check::ok(id, format!("{file} has ConstrainDevices=yes, for the devices that gres.conf lists")),
-        false => Check::warn(
+    let open = "a job that does not use the slice it is told can open others'";
+    match (constrains, confine) {
+        (true, true) => Check::ok(
             id,
-            format!(
-                "{file} has no ConstrainDevices=yes: a job that does not use the slice it is told can open others'"
-            ),
+            format!("{file} has ConstrainDevices=yes, and jobs.confine is set: jobs open their own slices only"),
+        ),
+        (true, false) => Check::ok(
+            id,
+            format!("{file} has ConstrainDevices=yes, for what gres.conf lists; jobs.confine is for slices"),
+        ),
+        (false, true) => Check::warn(
+            id,
+            format!("{file} has no ConstrainDevices=yes, and jobs.confine is set: with cgroup v1 every job is refused"),
             format!("ConstrainDevices=yes in {file}"),
+        ),
+        (false, false) => Check::warn(
+            id,
+            format!("{file} has no ConstrainDevices=yes: {open}"),
+            format!("ConstrainDevices=yes in {file}, and in the settings of mig-hook: [jobs] confine = true"),
         ),
     }
 }
@@ -298,17 +318,27 @@ fn submission(conf: &Conf) -> Check {
     }
 }
 
-fn timeouts(conf: &Conf) -> Check {
+fn timeouts(conf: &Conf, wait: Duration) -> Check {
     let id = "slurm.timeout";
+    let needed = TIMEOUT + wait.as_secs();
     let keys = ["PrologEpilogTimeout", "PrologTimeout", "EpilogTimeout"];
     let set = keys.iter().filter_map(|key| Some((key, conf.value(&key.to_ascii_lowercase())?.parse::<u64>().ok()?)));
-    let short: Vec<String> = set.filter(|(_, s)| *s < TIMEOUT).map(|(key, s)| format!("{key} is {s} s")).collect();
-    match short.is_empty() {
-        true => Check::ok(id, format!("Prolog and Epilog may take {TIMEOUT} s and more")),
-        false => Check::warn(
+    let short: Vec<String> = set.filter(|(_, s)| *s < needed).map(|(key, s)| format!("{key} is {s} s")).collect();
+    match (short.is_empty(), wait.is_zero()) {
+        (true, _) => Check::ok(id, format!("Prolog and Epilog may take {needed} s and more")),
+        (false, true) => Check::warn(
             id,
             format!("{}: a driver that is slow to cut then drains the node", listed(&short)),
-            format!("at least {TIMEOUT} in slurm.conf, or leave it out"),
+            format!("at least {needed} in slurm.conf, or leave it out"),
+        ),
+        (false, false) => Check::fail(
+            id,
+            format!(
+                "{}, and jobs.wait {} s: a job that waits for room drains the node",
+                listed(&short),
+                wait.as_secs()
+            ),
+            format!("at least {needed} in slurm.conf, or leave it out; or a shorter jobs.wait in the settings"),
         ),
     }
 }
@@ -588,11 +618,17 @@ mod tests {
             ("TaskPlugin=task/none", task_plugin, Status::Warn, "task/cgroup"),
             ("JobSubmitPlugins=all,lua\nCliFilterPlugins=cli_filter/lua", submission, Status::Ok, ""),
             ("JobSubmitPlugins=lua", submission, Status::Warn, "CliFilterPlugins has no lua"),
-            ("", timeouts, Status::Ok, ""),
-            ("PrologEpilogTimeout=30", timeouts, Status::Ok, ""),
-            ("PrologEpilogTimeout=29\nEpilogTimeout=5", timeouts, Status::Warn, "is 29 s and EpilogTimeout is 5 s"),
         ] {
             let check = check(&conf(text));
+            assert!(check.status == status && said(&check).contains(part), "{text}: {check:?}");
+        }
+        for (text, wait, status, part) in [
+            ("", 600, Status::Ok, ""),
+            ("PrologEpilogTimeout=30", 0, Status::Ok, ""),
+            ("PrologEpilogTimeout=29\nEpilogTimeout=5", 0, Status::Warn, "is 29 s and EpilogTimeout is 5 s"),
+            ("PrologTimeout=600", 600, Status::Fail, "at least 630"),
+        ] {
+            let check = timeouts(&conf(text), Duration::from_secs(wait));
             assert!(check.status == status && said(&check).contains(part), "{text}: {check:?}");
         }
         assert_eq!(types_of(&["gpu".into(), "migc".into(), "migm".into()]).status, Status::Ok);
