@@ -461,8 +461,13 @@ pub fn state_dir(configured: Option<PathBuf>) -> PathBuf {
     let user = rootless().filter(|_| !std::fs::metadata("/run").is_ok_and(|meta| meta.uid() == 0));
     match user {
         Some(uid) => Path::new(USER_STATE).join(uid.to_string()).join("mig-hook"),
-        None => configured.unwrap_or_else(|| STATE_DIR.into()),
+        None => state_dir_of_root(configured),
     }
+}
+
+/// Where the leases of the host's root live, also seen from the namespace of a user.
+pub fn state_dir_of_root(configured: Option<PathBuf>) -> PathBuf {
+    configured.unwrap_or_else(|| STATE_DIR.into())
 }
 
 /// Whether that container holds a lease: one look-up.

@@ -28,6 +28,8 @@ mod rivals;
 mod root;
 mod runtimes;
 mod settings;
+mod slurm;
+mod slurm_conf;
 mod state;
 mod system;
 
@@ -135,7 +137,9 @@ pub(super) fn run(config: Option<&Path>, args: &Args, json: bool) -> Result<Exit
     checks.extend(engines::checks(&engines, &root));
     checks.extend(runtimes::checks(&runtimes, &root));
     checks.extend(settings::exposure(&settings, &engines));
-    checks.extend(rivals::checks(&root));
+    let slurm = slurm::read(&root);
+    checks.extend(slurm::checks(&slurm, &root, &settings, gpus.seen()));
+    checks.extend(rivals::checks(&root, &slurm, gpus.seen()));
     checks.extend(holders::checks(&gpus, &settings, &leases));
 
     tell_apart(&mut checks);
@@ -173,6 +177,7 @@ fn title(group: &str) -> &str {
         "engine" => "container engines",
         "runtime" => "low-level runtimes",
         "exposure" => "who may ask",
+        "slurm" => "Slurm",
         "rival" => "others that cut or give out slices",
         "holder" => "who holds slices",
         other => other,

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::config::Settings;
 use crate::engine::{self, Engine, Failure, Released};
+use crate::first::{self, Outline};
 use crate::gpu::nvml::Nvml;
 use crate::host;
 use crate::job::{self, Key, Node, Part, Public};
@@ -122,11 +123,17 @@ impl Answer {
     }
 }
 
-pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
+pub(super) fn run(
+    config: Option<&Path>,
+    settings: impl Fn() -> Result<Settings>,
+    args: &Args,
+    json: bool,
+) -> Result<Exit> {
     match &args.verb {
-        Verb::Start(args) => start(settings, args, json),
-        Verb::Env(args) => env(settings, args, json),
-        Verb::End(args) => end(settings, args, json),
+        Verb::Start(args) => start(&settings()?, args, json),
+        // A user namespace has settings of its own, and the job is root's: enroot calls from one.
+        Verb::Env(args) => env(&first::state_dir_of_root(Outline::read(config).state_dir), args, json),
+        Verb::End(args) => end(&settings()?, args, json),
     }
 }
 
@@ -163,10 +170,10 @@ pub(super) fn waiting(settings: &Settings) -> Option<u32> {
     u32::try_from(settings.job_wait.as_secs()).ok().filter(|seconds| *seconds > 0)
 }
 
-fn env(settings: &Settings, args: &Env, json: bool) -> Result<Exit> {
+fn env(state_dir: &Path, args: &Env, json: bool) -> Result<Exit> {
     let job = match &args.key {
-        Some(key) => public_of(settings, key)?,
-        None => of_this_process(settings)?,
+        Some(key) => public_of(state_dir, key)?,
+        None => of_this_process(state_dir)?,
     };
     let Some(job) = job else {
         let which =
@@ -183,11 +190,13 @@ fn end(settings: &Settings, args: &End, json: bool) -> Result<Exit> {
     let nothing = Answer::of(Public::refused(&args.key, 0, None));
     let answer = Answer { released, environment: BTreeMap::new(), ..nothing };
     super::print(&answer, json, |answer| match &answer.released {
-        None => format!("job {} has nothing here", answer.key),
-        Some(Released::Done | Released::Unknown) => format!("what job {} had is free", answer.key),
-        Some(Released::Busy { reason }) => format!("what job {} had is freed by migctl gc later: {reason}", answer.key),
+        None => format!("job {} has nothing here\n", answer.key),
+        Some(Released::Done | Released::Unknown) => format!("what job {} had is free\n", answer.key),
+        Some(Released::Busy { reason }) => {
+            format!("what job {} had is freed by migctl gc later: {reason}\n", answer.key)
+        }
         Some(Released::Announced) => {
-            format!("what job {} had is freed by migctl gc: the lock was not free", answer.key)
+            format!("what job {} had is freed by migctl gc: the lock was not free\n", answer.key)
         }
     })?;
     Ok(if matches!(answer.released, None | Some(Released::Done | Released::Unknown)) { Exit::Ok } else { Exit::NoRoom })
@@ -197,7 +206,7 @@ fn end(settings: &Settings, args: &End, json: bool) -> Result<Exit> {
 ///
 /// # Errors
 /// When it was refused, or is another user's.
-pub(super) fn of_this_process(settings: &Settings) -> Result<Option<Public>> {
+pub(super) fn of_this_process(state_dir: &Path) -> Result<Option<Public>> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     // Slurm's own say where we are; ours may be inherited from the job that has submitted this one.
     let of_slurm = variable("SLURM_CLUSTER_NAME").zip(variable("SLURM_JOB_ID"));
@@ -207,7 +216,7 @@ pub(super) fn of_this_process(settings: &Settings) -> Result<Option<Public>> {
         (None, None) => return Ok(None),
     };
     match key {
-        Ok(key) => public_of(settings, &key),
+        Ok(key) => public_of(state_dir, &key),
         Err(_) => Ok(None), // not one that we have given
     }
 }
@@ -216,9 +225,9 @@ pub(super) fn of_this_process(settings: &Settings) -> Result<Option<Public>> {
 ///
 /// # Errors
 /// When it was refused, or is another user's.
-pub(super) fn public_of(settings: &Settings, key: &Key) -> Result<Option<Public>> {
+pub(super) fn public_of(state_dir: &Path, key: &Key) -> Result<Option<Public>> {
     let others = || Refused(format!("job {key} is another user's"));
-    let public = match Store::at(&settings.state_dir).published::<Public>(key.as_str(), job::VERSION) {
+    let public = match Store::at(state_dir).published::<Public>(key.as_str(), job::VERSION) {
         Err(StoreError::NotRoot { .. }) => bail!(others()),
         public => public?,
     };

@@ -248,7 +248,7 @@ fn run(args: &Args) -> Result<u8> {
         Verb::Doctor(verb) => doctor::run(args.config.as_deref(), verb, args.json),
         Verb::Completions(verb) => completions::run(verb, args.json),
         Verb::Slurm(verb) => slurm::run(args.config.as_deref(), verb, args.json),
-        Verb::Job(verb) => job::run(&settings()?, verb, args.json),
+        Verb::Job(verb) => job::run(args.config.as_deref(), settings, verb, args.json),
         Verb::Run(verb) => return run::run(&settings()?, verb), // its exit code is the command's
     };
     Ok(exit? as u8)

@@ -72,7 +72,7 @@ pub(super) fn run(settings: &Settings, args: &Args) -> Result<u8> {
         None if args.gpu.is_some() => bail!(Misused("--gpu says only where; also ask for a profile".into())),
         None => None,
     };
-    if let Some(job) = super::job::of_this_process(settings)? {
+    if let Some(job) = super::job::of_this_process(&settings.state_dir)? {
         return in_job(&job, request.as_ref(), args);
     }
     let Some(mut request) = request.take() else {

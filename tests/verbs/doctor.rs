@@ -495,6 +495,164 @@ fn rivals_are_named() {
     assert_eq!(machine.faults(), Vec::<String>::new());
 }
 
+const SLURM: &str = "ClusterName=mini\nInclude nodes.conf\nPrologFlags=Contain\nProctrackType=proctrack/cgroup\nTaskPlugin=\
+                     task/affinity,task/cgroup\nProlog=/usr/libexec/mig-hook/slurm/prolog\nEpilog=/etc/slurm/epilog.d/*\n\
+                     TaskProlog=/usr/libexec/mig-hook/slurm/task-prolog\nPrologEpilogTimeout=120\nGresTypes=gpu,migc,migm\n\
+                     JobSubmitPlugins=lua\nCliFilterPlugins=lua\nNodeFeaturesPlugins=node_features/helpers\n";
+const OCI: &str = "RunTimeQuery=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U state x\"\n\
+                   RunTimeKill=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U kill x KILL\"\n\
+                   RunTimeRun=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U run x -b %b\"\n";
+
+/// Slurm as it should be on a node with these compute and memory slices.
+fn slurm(world: &World, compute: u32, memory: u32) {
+    world.script("host/usr/sbin/slurmd", "");
+    for stage in ["prolog", "task-prolog"] {
+        world.script(&format!("host/usr/libexec/mig-hook/slurm/{stage}"), &format!("exec migctl slurm {stage}"));
+    }
+    world.script("host/etc/slurm/epilog.d/50-mig", "exec /usr/bin/migctl slurm epilog");
+    world.write("host/etc/hostname", "n7.example.org\n");
+    world.write("host/etc/slurm/slurm.conf", SLURM);
+    world.write(
+        "host/etc/slurm/nodes.conf",
+        &format!("NodeName=n[1-9] CPUs=4 \\ # all alike\n  Gres=migc:{compute},migm:{memory} State=UNKNOWN\n"),
+    );
+    world.write("host/etc/slurm/gres.conf", &format!("Name=migc Count={compute}\nName=migm Count={memory}\n"));
+    world.write("host/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n");
+    world.write("host/etc/slurm/oci.conf", OCI);
+    world.write("host/etc/slurm/helpers.conf", "Feature=nps1,nps2 Helper=/usr/local/bin/nps\n");
+}
+
+#[test]
+fn slurm_as_it_should_be_and_with_every_fault() {
+    if !can_make_nodes("doctor on Slurm") {
+        return;
+    }
+    let machine = Patient::new(&DEMO, &[]);
+    let world = &machine.world;
+    world.script("host/usr/sbin/slurmd", "");
+    assert!(said(&machine.check("slurm.conf")).contains("SLURM_CONF"));
+    world.write("host/etc/slurm/slurm.conf", "ClusterName=mini\n");
+    assert!(said(&machine.check("slurm.conf")).contains("knows nothing of mig-hook"));
+    assert_eq!(machine.faults(), Vec::<String>::new());
+    slurm(world, 21, 24);
+    assert_eq!(machine.faults(), Vec::<String>::new());
+    machine.snapshot("doctor-slurm");
+
+    let old = SLURM.replace("Contain", "Alloc").replace("proctrack/cgroup", "proctrack/linuxproc");
+    let old = old.replace("TaskPlugin=task/affinity,task/cgroup", "TaskPlugin=task/none").replace("120", "20");
+    let old = old.replace("migc,migm", "migm").replace("JobSubmitPlugins=lua\n", "Include gone.conf\n");
+    let old = old.replace("Prolog=/usr/libexec/mig-hook/slurm/prolog", "Prolog=/etc/slurm/site-prolog");
+    world.write("host/etc/slurm/slurm.conf", &old);
+    world.script("host/etc/slurm/site-prolog", "# migctl slurm prolog");
+    let epilog = world.path("host/etc/slurm/epilog.d/50-mig");
+    std::fs::set_permissions(&epilog, std::fs::Permissions::from_mode(0o777)).unwrap();
+    std::fs::remove_file(world.path("host/usr/libexec/mig-hook/slurm/task-prolog")).unwrap();
+    world.write("host/etc/slurm/nodes.conf", "NodeName=n[1-9] Gres=migc:28,migm:32,gpu:1g.10gb:2\n");
+    world.write(
+        "host/etc/slurm/gres.conf",
+        "Name=gpu Type=1g.10gb MultipleFiles=/dev/nvidia0,/dev/nvidia-caps/nvidia-cap21\n",
+    );
+    world.write("host/etc/slurm/cgroup.conf", "ConstrainDevices=no\n");
+    world.write("host/etc/slurm/oci.conf", &OCI.replace(" KILL", ""));
+    world.write("host/etc/slurm/helpers.conf", "Feature=mig=on,mig=off Helper=/usr/local/bin/mig\n");
+    machine.snapshot("doctor-slurm-broken");
+    let faults = [
+        "slurm.conf",
+        "slurm.prolog",
+        "slurm.epilog",
+        "slurm.task-prolog",
+        "slurm.prolog-flags",
+        "slurm.proctrack",
+        "slurm.task-plugin",
+        "slurm.devices",
+        "slurm.lua",
+        "slurm.timeout",
+        "slurm.gres-types",
+        "slurm.node",
+        "slurm.oci",
+        "slurm.features",
+        "rival.slurm",
+    ];
+    assert_eq!(machine.faults(), faults);
+}
+
+#[test]
+fn slurm_s_faults_one_by_one() {
+    if !can_make_nodes("doctor on faults of Slurm") {
+        return;
+    }
+    let machine = Patient::new(&["a30-24gb"], &[]);
+    let world = &machine.world;
+    for (file, from, to, id, status, part) in [
+        ("slurm.conf", "\nProlog=/usr", "\n#Prolog=/usr", "slurm.prolog", "fail", "jobs get no slice"),
+        ("slurm.conf", "Epilog=/etc/slurm/epilog.d/*\n", "", "slurm.epilog", "warn", "Epilog is not set"),
+        ("slurm.conf", "TaskProlog=", "TaskEpilog=", "slurm.task-prolog", "fail", "call migctl slurm task-prolog"),
+        ("slurm.conf", "PrologFlags=Contain\n", "", "slurm.prolog-flags", "fail", "PrologFlags=Contain"),
+        ("slurm.conf", "proctrack/cgroup", "proctrack/pgid", "slurm.proctrack", "warn", "proctrack/pgid"),
+        ("slurm.conf", ",task/cgroup", "", "slurm.task-plugin", "warn", "task/cgroup"),
+        ("slurm.conf", "CliFilterPlugins=lua", "", "slurm.lua", "warn", "--gres=mig:PROFILE"),
+        ("slurm.conf", "Timeout=120", "Timeout=29", "slurm.timeout", "warn", "at least 30"),
+        ("slurm.conf", "GresTypes=gpu,migc,migm\n", "", "slurm.gres-types", "fail", "no migc, migm"),
+        (
+            "slurm.conf",
+            "Include nodes.conf",
+            "include old/%c.conf",
+            "slurm.conf",
+            "warn",
+            "/host/etc/slurm/old/mini.conf",
+        ),
+        ("nodes.conf", "migc:4", "migc:5", "slurm.node", "fail", "migc:5,migm:4, and its GPUs only migc:4,migm:4"),
+        ("nodes.conf", "migm:4", "migm:3", "slurm.node", "warn", "Gres=migc:4,migm:4 in slurm.conf"),
+        ("nodes.conf", "Gres=migc:4,migm:4", "", "slurm.node", "fail", "never start here"),
+        ("cgroup.conf", "yes", "no", "slurm.devices", "warn", "ConstrainDevices=yes"),
+        ("oci.conf", " KILL", " TERM", "slurm.oci", "warn", "ignores TERM"),
+        ("oci.conf", "--mig-job slurm:mini:%j", "", "slurm.oci", "fail", "--mig-job"),
+        ("oci.conf", "RunTimeRun", "RunTimeCreate", "slurm.oci", "fail", "the step hangs"),
+        (
+            "oci.conf",
+            "/usr/bin/mig-runtime",
+            "/opt/mig-runtime",
+            "slurm.oci",
+            "fail",
+            "/opt/mig-runtime, which is not there",
+        ),
+        ("helpers.conf", "nps1", "mig=on", "slurm.features", "warn", "reboots the node"),
+        ("gres.conf", "Name=migc", "AutoDetect=NVML Name=migc", "rival.slurm", "warn", "AutoDetect=off"),
+        (
+            "gres.conf",
+            "Name=migc",
+            "Name=gpu File=/dev/nvidia[0-3]\nName=migc",
+            "rival.slurm",
+            "fail",
+            "gpu: /dev/nvidia[0-3]",
+        ),
+    ] {
+        slurm(world, 4, 4);
+        let path = world.path("host/etc/slurm").join(file);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{from} in {text}");
+        std::fs::write(&path, text.replace(from, to)).unwrap();
+        if from.starts_with("Include") {
+            assert_eq!(machine.check("slurm.node")["status"], "skip", "no NodeName is known");
+        }
+        let found = machine.only(id, status);
+        assert!(found.contains(part), "{file}, {to}: {found}");
+    }
+    // What our settings ask of Slurm's.
+    slurm(world, 4, 4);
+    world.settings("[jobs]\nconfine = true\nwait = \"5m\"");
+    assert!(machine.only("slurm.timeout", "fail").contains("at least 330"));
+    assert!(said(&machine.check("slurm.devices")).contains("their own slices only"));
+    world.settings("[jobs]\nconfine = true");
+    world.write("host/etc/slurm/cgroup.conf", "");
+    assert!(machine.only("slurm.devices", "warn").contains("every job is refused"));
+    world.settings("");
+    // GPUs that are not ours may be Slurm's.
+    slurm(world, 4, 4);
+    world.write("host/etc/slurm/gres.conf", "Name=gpu File=/dev/nvidia1\n");
+    assert_eq!(machine.faults(), Vec::<String>::new());
+}
+
 #[test]
 fn this_very_machine_is_looked_at_whatever_is_on_it() {
     let world = World::new(&["a30-24gb"]);
@@ -517,13 +675,17 @@ fn nothing_that_lies_in_its_way_makes_it_fail() {
         "host/etc/containers/containers.conf.d/50-mig-hook.conf",
         "host/etc/containerd/config.toml",
         "host/etc/crio/crio.conf",
+        "host/etc/slurm/slurm.conf",
         "host/etc/slurm/gres.conf",
+        "host/etc/slurm/oci.conf",
         "host/etc/lsf.conf",
         HOOK_FILE,
         "m/proc/devices",
         "m/proc/driver/nvidia/version",
     ];
-    for garbage in ["", "\0\u{1}\u{fffd}{[", "[[[", "{\"a\": [1, {}], \"runtimes\": 3}", "version = 1\n"] {
+    for garbage in
+        ["", "\0\u{1}\u{fffd}{[", "[[[", "{\"a\": [1, {}], \"runtimes\": 3}", "version = 1\n", "GresTypes=migc\n"]
+    {
         for file in files {
             world.write(file, garbage);
         }

@@ -2,21 +2,20 @@
 
 use std::path::PathBuf;
 
+use super::gpus::Seen;
 use super::root::Root;
+use super::slurm::{self, Slurm};
 use super::{Check, listed};
 use crate::host;
 
 /// Where systemd keeps what is enabled, a directory for each target.
 const UNITS: &str = "/etc/systemd/system";
-/// Where Slurm's gres.conf lies: packages, Debian before bookworm, `slurmd` without files of its own.
-const GRES: [&str; 4] =
-    ["/etc/slurm/gres.conf", "/etc/slurm-llnl/gres.conf", "/run/slurm/conf/gres.conf", "/usr/local/etc/gres.conf"];
 const LSF: [&str; 3] = ["/etc/lsf.conf", "/usr/share/lsf/conf/lsf.conf", "/opt/ibm/lsf/conf/lsf.conf"];
 const PLUGINS: &str = "/var/lib/kubelet/device-plugins";
 
 type Text = Option<(String, String)>;
 
-pub(super) fn checks(root: &Root) -> Vec<Check> {
+pub(super) fn checks(root: &Root, slurm: &Slurm, gpus: &[Seen]) -> Vec<Check> {
     let targets = root.list(UNITS).into_iter().filter(|path| path.extension().is_some_and(|e| e == "wants"));
     let enabled: Vec<PathBuf> = targets.flat_map(|target| root.list(target)).collect();
     let processes = host::processes();
@@ -26,7 +25,7 @@ pub(super) fn checks(root: &Root) -> Vec<Check> {
     vec![
         mig_manager(&enabled, &processes),
         dcgm(&processes),
-        slurm(&text(&GRES)),
+        slurm_check(root, slurm, &slurm::given_out(slurm, gpus)),
         lsf(&named.or_else(|| text(&LSF))),
         kubernetes(&root.list(PLUGINS), &processes),
     ]
@@ -70,22 +69,39 @@ fn dcgm(processes: &[(u32, String)]) -> Check {
     }
 }
 
-fn slurm(gres: &Text) -> Check {
+fn slurm_check(root: &Root, slurm: &Slurm, given_out: &[String]) -> Check {
     let id = "rival.slurm";
-    let Some((file, text)) = gres else { return Check::ok(id, "no gres.conf of Slurm") };
-    let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().to_ascii_lowercase());
-    let detects = lines.flat_map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-    match detects.into_iter().any(|word| word == "autodetect=nvml") {
-        false => Check::ok(id, format!("{file} does not look for slices by itself")),
-        true => Check::warn(
+    let Some((file, conf)) = &slurm.gres else {
+        return match given_out {
+            [] => Check::ok(id, "no gres.conf of Slurm"),
+            _ => gives_out("slurm.conf", given_out),
+        };
+    };
+    let file = root.shown(file);
+    if conf.any("autodetect", |value| value.eq_ignore_ascii_case("nvml")) {
+        return Check::warn(
             id,
             format!(
                 "{file} has AutoDetect=nvml: slurmd gives out slices that mig-hook cut, and does not start while MIG is on \
                  and there is none"
             ),
             format!("write AutoDetect=off into {file}, name what Slurm is to give out, then: systemctl restart slurmd"),
-        ),
+        );
     }
+    match given_out {
+        [] => Check::ok(id, format!("{file} does not look for slices by itself")),
+        _ => gives_out(&file, given_out),
+    }
+}
+
+fn gives_out(file: &str, what: &[String]) -> Check {
+    Check::fail(
+        "rival.slurm",
+        format!("Slurm gives out parts of GPUs that mig-hook cuts: {}: one job gets what another has", listed(what)),
+        format!(
+            "take them out of {file} and of Gres= in slurm.conf, or leave those GPUs to Slurm: limits.gpus in the settings"
+        ),
+    )
 }
 
 fn lsf(conf: &Text) -> Check {
@@ -157,13 +173,19 @@ mod tests {
 
     #[test]
     fn who_gives_out_what_we_cut() {
-        for (text, status) in [
-            ("AutoDetect=nvml\n", Status::Warn),
-            ("NodeName=n[1-4] AutoDetect=NVML Name=gpu\n", Status::Warn),
-            ("# AutoDetect=nvml\nAutoDetect=off\n", Status::Ok),
-            ("Name=gpu Type=a100 # AutoDetect=nvml\n", Status::Ok),
+        let dir = tempfile::tempdir().unwrap();
+        let gres = dir.path().join("etc/slurm/gres.conf");
+        std::fs::create_dir_all(gres.parent().unwrap()).unwrap();
+        let root = Root::at(dir.path()).unwrap();
+        for (text, given_out, status) in [
+            ("AutoDetect=nvml\n", &[][..], Status::Warn),
+            ("NodeName=n[1-4] AutoDetect=NVML Name=gpu\n", &[], Status::Warn),
+            ("# AutoDetect=nvml\nAutoDetect=off\n", &[], Status::Ok),
+            ("Name=gpu Type=a100 # AutoDetect=nvml\n", &[], Status::Ok),
+            ("Name=gpu Type=1g.10gb\n", &["gpu of 1g.10gb".to_owned()], Status::Fail),
         ] {
-            assert_eq!(slurm(&Some(("/etc/slurm/gres.conf".into(), text.into()))).status, status, "{text}");
+            std::fs::write(&gres, text).unwrap();
+            assert_eq!(slurm_check(&root, &slurm::read(&root), given_out).status, status, "{text}");
         }
         assert_eq!(kubernetes(&["/p/kubelet.sock".into()], &[]).status, Status::Ok);
         assert!(said(&kubernetes(&["/p/nvidia-gpu.sock".into()], &[])).contains("/p/nvidia-gpu.sock"));
