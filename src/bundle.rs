@@ -2,9 +2,9 @@
 //!
 //! Not oci-spec's typed `Spec`: that drops the fields it does not know on a round trip, and the file is not ours.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use serde::de::{Deserialize, DeserializeSeed, MapAccess, SeqAccess, Visitor};
@@ -145,8 +145,8 @@ impl Config {
     }
 }
 
-/// Replaces `path` by `value`: a temporary file beside it with the same mode and owner, then a rename. On any error, a
-/// full disk included, the original stays as it was. No fsync: a bundle does not outlive the boot.
+/// Replaces `path` by `value`: a temporary file beside it with the same mode and owner, as far as these may be given, then a
+/// rename. On any error, a full disk included, the original stays as it was. No fsync: a bundle does not outlive the boot.
 pub fn replace(path: &Path, value: &Value) -> Result<(), BundleError> {
     let temporary = path.with_file_name(format!(".mig-hook.{}.tmp", std::process::id()));
     let result = write_like(path, &temporary, value).and_then(|()| std::fs::rename(&temporary, path));
@@ -161,11 +161,26 @@ fn write_like(original: &Path, temporary: &Path, value: &Value) -> io::Result<()
     let _ = std::fs::remove_file(temporary); // of an earlier process with our pid
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(temporary)?;
-    std::os::unix::fs::fchown(&file, Some(meta.uid()), Some(meta.gid()))?;
-    file.set_permissions(std::fs::Permissions::from_mode(meta.mode() & 0o7777))?;
+    own_like(&file, &meta)?;
     let mut text = serde_json::to_vec(value)?;
     text.push(b'\n');
     file.write_all(&text)
+}
+
+/// Gives a file the owner and mode of the original. Without root it can't be given away, and to a group only by its member:
+/// Slurm 22.05 leaves a config.json of root's in a user's directory. Then it stays ours, and another group than the
+/// original's may nothing.
+fn own_like(file: &File, original: &Metadata) -> io::Result<()> {
+    let give = |uid, gid| match fchown(file, uid, Some(gid)) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
+        given => given.map(|()| true),
+    };
+    let mask = match give(Some(original.uid()), original.gid())? {
+        true => 0o7777,
+        false if give(None, original.gid())? => 0o777,
+        false => 0o707,
+    };
+    file.set_permissions(Permissions::from_mode(original.mode() & mask))
 }
 
 /// The bundle directory, absolute.
@@ -281,7 +296,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, "{}").unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
         replace(&path, &serde_json::json!({"a": 1})).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"a\":1}\n");
         assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o640);

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use oci_spec::OciSpecError;
-use oci_spec::runtime::{HookBuilder, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType};
+use oci_spec::runtime::{HookBuilder, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, MountBuilder};
 use serde_json::{Value, json};
 
 use crate::host::{Majors, NodeMode};
@@ -219,9 +219,26 @@ fn nvidia_majors(majors: Majors) -> impl Iterator<Item = u32> {
 
 /// Writes a grant into a config that was [`strip`]ped.
 pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
+    make_nodes(config, edit.nodes)?;
+    set_environment(config.get_mut("process").ok_or("config has no process")?, edit.environment)?;
+    let annotations = as_object(config)?.entry("annotations").or_insert(json!({}));
+    if annotations.is_null() {
+        *annotations = json!({});
+    }
+    as_object(annotations)?.insert(LEASE.into(), edit.hooks.token.into());
+    let hooks = object_at(config, "hooks")?;
+    if edit.bind {
+        array_at(hooks, "createRuntime")?.push(edit.hooks.entry("createRuntime", BIND_TIMEOUT)?);
+    }
+    array_at(hooks, "poststop")?.push(edit.hooks.entry("poststop", POSTSTOP_TIMEOUT)?);
+    Ok(())
+}
+
+/// Has the runtime make these nodes, and its device rules allow them.
+pub fn make_nodes(config: &mut Value, nodes: &[Node]) -> Result<(), String> {
     let linux = object_at(config, "linux")?;
     let devices = array_at(linux, "devices")?;
-    for node in edit.nodes {
+    for node in nodes {
         let device = LinuxDeviceBuilder::default()
             .path(format!("/dev/{}", node.name))
             .typ(LinuxDeviceType::C)
@@ -237,7 +254,7 @@ pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
         // `podman --uidmap` writes no rules: without a deny-all ours would allow nothing that was not allowed before.
         rules.push(json!({"allow": false, "access": "rwm"}));
     }
-    for node in edit.nodes {
+    for node in nodes {
         // After every deny, and no `m`: the runtime makes the nodes, nobody inside needs to.
         let rule = LinuxDeviceCgroupBuilder::default()
             .allow(true)
@@ -247,17 +264,22 @@ pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
             .access("rw");
         rules.push(value_of(rule.build())?);
     }
-    set_environment(config.get_mut("process").ok_or("config has no process")?, edit.environment)?;
-    let annotations = as_object(config)?.entry("annotations").or_insert(json!({}));
-    if annotations.is_null() {
-        *annotations = json!({});
+    Ok(())
+}
+
+/// Mounts the host's nodes in the place of those that a runtime in a user namespace can't make. It does as much itself with
+/// `linux.devices`, but only from /dev.
+pub fn bind_nodes(config: &mut Value, nodes: &[Node], dev_root: &Path) -> Result<(), String> {
+    let mounts = array_at(config, "mounts")?;
+    for node in nodes {
+        let mount = MountBuilder::default()
+            .destination(format!("/dev/{}", node.name))
+            .typ("bind")
+            .source(dev_root.join(&node.name))
+            // Nothing more: other flags are a remount, which a user namespace may not be allowed (mount_namespaces(7)).
+            .options(["bind".to_owned()]);
+        mounts.push(value_of(mount.build())?);
     }
-    as_object(annotations)?.insert(LEASE.into(), edit.hooks.token.into());
-    let hooks = object_at(config, "hooks")?;
-    if edit.bind {
-        array_at(hooks, "createRuntime")?.push(edit.hooks.entry("createRuntime", BIND_TIMEOUT)?);
-    }
-    array_at(hooks, "poststop")?.push(edit.hooks.entry("poststop", POSTSTOP_TIMEOUT)?);
     Ok(())
 }
 

@@ -35,6 +35,7 @@ mod wait;
 pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
+pub use job::published_job;
 pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};
 pub use offer::{make_host_nodes, make_known_to_systemd, nodes_of};

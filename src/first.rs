@@ -42,8 +42,17 @@ pub struct Own {
     pub config: Option<PathBuf>,
     /// `--mig-runtime PATH`: the low-level runtime, pinned.
     pub runtime: Option<PathBuf>,
+    /// `--mig-job KEY`: the container is one of that job of a batch system.
+    pub job: Option<OsString>,
     /// Options that begin with `--mig-` and are none of ours.
     pub unknown: Vec<String>,
+}
+
+impl Own {
+    /// Whether they can't be meant so: a job's containers ask for nothing themselves.
+    pub fn are_wrong(&self) -> bool {
+        !self.unknown.is_empty() || (self.env && self.job.is_some())
+    }
 }
 
 /// A runtime's command line, as far as we care.
@@ -90,6 +99,10 @@ pub enum Verb {
     Delete,
     /// `exec`.
     Exec,
+    /// `state`.
+    State,
+    /// `kill`.
+    Kill,
     /// Anything else.
     #[default]
     Other,
@@ -191,11 +204,22 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
         Some("restore") => Verb::Restore,
         Some("delete") => Verb::Delete,
         Some("exec") => Verb::Exec,
+        Some("state") => Verb::State,
+        Some("kill") => Verb::Kill,
         _ => return plan,
     };
     at += 1;
+    let creates = matches!(plan.verb, Verb::Create | Verb::Run | Verb::Restore);
     while let Some(word) = words.get(at) {
-        let Some(option) = Opt::read(word) else { break };
+        let Some(option) = Opt::read(word) else {
+            // runc takes options after the id, too, as Slurm's examples have them; crun refuses them.
+            if !creates || plan.id.is_some() {
+                break;
+            }
+            plan.id = Some(word.clone());
+            at += 1;
+            continue;
+        };
         at += 1;
         if option.name.is_empty() {
             break;
@@ -206,7 +230,6 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
             at += 1;
             value
         });
-        let creates = matches!(plan.verb, Verb::Create | Verb::Run | Verb::Restore);
         match (option.name, value) {
             ("bundle" | "b", Some(v)) => plan.bundle = Some(v.into()),
             ("config" | "f", Some(v)) if creates => plan.config_file = Some(v.into()),
@@ -215,11 +238,13 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
             ("process" | "p", Some(v)) if plan.verb == Verb::Exec => plan.process = Some(v.into()),
             ("preserve-fds", Some(v)) => plan.preserve_fds = v.to_str().and_then(|v| v.parse().ok()).unwrap_or(0),
             // `delete --regex` of crun names many containers: their poststop hooks release them.
-            ("regex" | "r", _) if plan.verb == Verb::Delete => plan.verb = Verb::Other,
+            ("regex" | "r", _) if matches!(plan.verb, Verb::Delete | Verb::State | Verb::Kill) => {
+                plan.verb = Verb::Other
+            }
             _ => {}
         }
     }
-    plan.id = words.get(at).cloned();
+    plan.id = plan.id.or_else(|| words.get(at).cloned());
     plan
 }
 
@@ -240,24 +265,19 @@ fn is_verb(word: &OsStr) -> bool {
 fn take_own_options(words: &mut Vec<OsString>) -> Own {
     let mut own = Own::default();
     while let Some(word) = words.first().and_then(|w| w.to_str()).filter(|w| w.starts_with("--mig-")) {
-        let (name, value) = match word.split_once('=') {
-            Some((name, value)) => (name.to_owned(), Some(PathBuf::from(value))),
+        let (name, given) = match word.split_once('=') {
+            Some((name, value)) => (name.to_owned(), Some(OsString::from(value))),
             None => (word.to_owned(), None),
         };
         words.remove(0);
-        let path = match name.as_str() {
-            "--mig-env" if value.is_none() => {
-                own.env = true;
-                continue;
-            }
-            "--mig-config" => &mut own.config,
-            "--mig-runtime" => &mut own.runtime,
-            _ => {
-                own.unknown.push(name);
-                continue;
-            }
-        };
-        *path = value.or_else(|| (!words.is_empty()).then(|| words.remove(0).into()));
+        let mut value = || given.clone().or_else(|| (!words.is_empty()).then(|| words.remove(0)));
+        match name.as_str() {
+            "--mig-env" if given.is_none() => own.env = true,
+            "--mig-config" => own.config = value().map(PathBuf::from),
+            "--mig-runtime" => own.runtime = value().map(PathBuf::from),
+            "--mig-job" => own.job = value(),
+            _ => own.unknown.push(name),
+        }
     }
     own
 }
@@ -433,6 +453,13 @@ pub fn plain_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= 200 && name != "." && name != ".." && name.bytes().all(plain)
 }
 
+/// What a job of a batch system may be called, as `slurm:CLUSTER:15` or `lsf:77[3]`: a plain file name, not hidden, of at
+/// most 128 bytes.
+pub fn job_key(key: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._:@+-[]".contains(&b);
+    !key.is_empty() && key.len() <= 128 && !key.starts_with('.') && key.bytes().all(plain)
+}
+
 /// Name in `index/` of the container `id` under a runtime root: ids alone are not unique (containerd namespaces, several
 /// roots). FNV-1a, 64 bit, of the root; the id itself stays readable. `None` where the id is no plain name.
 pub fn index_name(root: Option<&Path>, id: &str) -> Option<String> {
@@ -477,19 +504,28 @@ fn leased(state_dir: &Path, plan: &Plan) -> bool {
     name.is_some_and(|name| state_dir.join("index").join(name).symlink_metadata().is_ok())
 }
 
+/// Whether the engine must look at a container of a job: something is public of that job, or that can't be told. Where the
+/// directory is closed to us, nothing was ever made public. Nor does root start anything in a directory that may be a user's.
+fn in_job(state_dir: &Path, key: &OsStr) -> bool {
+    let published = |key: &str| state_dir.join("public").join(format!("{key}.json")).symlink_metadata().is_ok();
+    let is_root = || std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
+    key.to_str().filter(|key| job_key(key)).is_none_or(published) || is_root()
+}
+
 /// `mig-runtime`: returns only when neither the runtime nor the engine could be started.
 pub fn runtime(args: Vec<OsString>) -> i32 {
     let given = args.get(1..).unwrap_or_default().to_vec();
     let plan = plan(given.clone());
     let outline = Outline::read(plan.own.config.as_deref());
-    let leased = |plan: &Plan| leased(&state_dir(outline.state_dir.clone()), plan);
-    let ours = match plan.verb {
-        Verb::Create | Verb::Run | Verb::Restore => {
-            !plan.own.unknown.is_empty() || asked_by_bundle(&plan) != Asked::Nothing
-        }
-        Verb::Delete => leased(&plan),
-        Verb::Exec => plan.process.is_some() && leased(&plan),
-        Verb::Other => false,
+    let state_dir = || state_dir(outline.state_dir.clone());
+    let asks = || plan.own.are_wrong() || asked_by_bundle(&plan) != Asked::Nothing;
+    let ours = match (plan.verb, &plan.own.job) {
+        (Verb::Create | Verb::Run, Some(key)) if !in_job(&state_dir(), key) => asks(),
+        (_, Some(_)) => true,
+        (Verb::Create | Verb::Run | Verb::Restore, None) => asks(),
+        (Verb::Delete, None) => leased(&state_dir(), &plan),
+        (Verb::Exec, None) => plan.process.is_some() && leased(&state_dir(), &plan),
+        (Verb::State | Verb::Kill | Verb::Other, None) => false,
     };
     if ours {
         return become_engine("shim", &given, &handover::wrap_environment(&handover::environment()));
@@ -652,7 +688,8 @@ mod tests {
                 Some("/b"),
                 Some("c1"),
             ),
-            ("kill c1 15", Verb::Other, None, None),
+            ("kill c1 15", Verb::Kill, None, Some("c1")),
+            ("kill --all c1 15", Verb::Kill, None, Some("c1")),
             (
                 "restore --bundle /b --pid-file /p --detach --image-path /i --work-path /w c1",
                 Verb::Restore,
@@ -666,11 +703,15 @@ mod tests {
             ("-root /r run -bundle /b delete", Verb::Run, Some("/b"), Some("delete")),
             ("--debug create -- c1", Verb::Create, None, Some("c1")),
             ("--root create start c1", Verb::Other, None, None),
-            ("--root=/r state create", Verb::Other, None, None),
+            ("--root=/r state create", Verb::State, None, Some("create")),
             ("exec c1 sh --log x create", Verb::Exec, None, Some("c1")),
             ("exec -e A=b -u 0 c1 create", Verb::Exec, None, Some("c1")),
             ("delete -f c1", Verb::Delete, None, Some("c1")),
             ("delete --regex c.*", Verb::Other, None, Some("c.*")),
+            ("kill -r c.* 9", Verb::Other, None, Some("c.*")),
+            // Slurm's oci.conf
+            ("--rootless=true --root=/r/alice state n1.alice.7.0.-1", Verb::State, None, Some("n1.alice.7.0.-1")),
+            ("--rootless=true --root=/r/alice run n1.alice.7.0.0 -b /b", Verb::Run, Some("/b"), Some("n1.alice.7.0.0")),
             ("create -f other.json -b /b c1", Verb::Create, Some("/b"), Some("c1")),
             ("--brand-new value create -b /b c1", Verb::Create, Some("/b"), Some("c1")),
             ("--brand-new create -b /b c1", Verb::Create, Some("/b"), Some("c1")),
@@ -705,6 +746,32 @@ mod tests {
         assert_eq!(plan.rest.join(OsStr::new(" ")), "--root /r create c1 --mig-env");
         assert_eq!(planned("--mig-typo create c1").own.unknown, ["--mig-typo"]);
         assert!(!planned("create --mig-env c1").own.env);
+    }
+
+    #[test]
+    fn a_job_is_named_before_the_runtimes_options() {
+        for line in ["--mig-job slurm:mini:7 --root=/r state c1", "--mig-job=slurm:mini:7 --root=/r state c1"] {
+            let plan = planned(line);
+            assert_eq!((plan.own.job.as_deref(), plan.verb), (Some(OsStr::new("slurm:mini:7")), Verb::State), "{line}");
+            assert_eq!(plan.rest.join(OsStr::new(" ")), "--root=/r state c1");
+            assert!(!plan.own.are_wrong());
+        }
+        assert_eq!(planned("--mig-job= run c1").own.job.as_deref(), Some(OsStr::new("")));
+        assert_eq!(planned("run --mig-job k c1").own.job, None);
+        assert!(planned("--mig-env --mig-job k run c1").own.are_wrong());
+    }
+
+    #[test]
+    fn a_job_of_which_nothing_is_public_is_no_business_of_the_engine() {
+        let dir = tempfile::tempdir().unwrap();
+        let is_root = std::fs::metadata("/proc/self").unwrap().uid() == 0;
+        assert_eq!(in_job(dir.path(), OsStr::new("slurm:mini:7")), is_root);
+        std::fs::create_dir(dir.path().join("public")).unwrap();
+        std::fs::write(dir.path().join("public/slurm:mini:7.json"), "").unwrap();
+        assert!(in_job(dir.path(), OsStr::new("slurm:mini:7")));
+        for odd in ["", "../leases/x", ".hidden", "a b", "ä"] {
+            assert!(in_job(dir.path(), OsStr::new(odd)), "{odd:?} is the engine's to refuse");
+        }
     }
 
     #[test]

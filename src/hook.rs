@@ -184,8 +184,12 @@ pub(crate) fn check_rules(settings: &Settings, config: &Value, majors: Majors, c
 
 /// Refuses a user without root whom the modes of the host's nodes shut out: the runtime binds these, and CUDA would fail.
 pub(crate) fn check_modes(settings: &Settings, nodes: &[Node]) -> Result<()> {
-    let Some(uid) = settings.rootless else { return Ok(()) };
-    let closed = nodes.iter().map(|node| settings.dev_root.join(&node.name)).find(|path| !host::can_open(path));
+    settings.rootless.map_or(Ok(()), |uid| check_open(uid, &settings.dev_root, nodes))
+}
+
+/// The same for us, who are `uid`.
+pub(crate) fn check_open(uid: u32, dev_root: &Path, nodes: &[Node]) -> Result<()> {
+    let closed = nodes.iter().map(|node| dev_root.join(&node.name)).find(|path| !host::can_open(path));
     let Some(path) = closed.map(|path| path.display().to_string()) else { return Ok(()) };
     Err(Refused(format!("uid {uid} may not open {path}; an administrator can allow it: setfacl -m u:{uid}:rw {path}"))
         .into())

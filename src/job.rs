@@ -6,13 +6,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::first;
 use crate::lease::{Lease, Slice};
 use crate::request::{GpuSelector, Request, Want};
 
 /// Version of the public record. Another one on disk is refused.
 pub const VERSION: u64 = 1;
-/// Longest key in bytes.
-const LONGEST: usize = 128;
 /// Variable that tells a job's processes its key.
 pub const KEY: &str = "MIG_JOB";
 
@@ -26,13 +25,12 @@ impl Key {
     /// # Errors
     /// A sentence that says what is wrong.
     pub fn parse(text: &str) -> Result<Key, String> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "._:@+-[]".contains(c);
-        if text.is_empty() || text.len() > LONGEST || text.starts_with('.') || !text.chars().all(plain) {
-            return Err(format!(
-                "a job's key has 1 to {LONGEST} letters, digits and ._:@+-[] and does not begin with a dot, as slurm:cluster:15"
-            ));
+        match first::job_key(text) {
+            true => Ok(Key(text.to_owned())),
+            false => Err("a job's key has 1 to 128 letters, digits and ._:@+-[] and does not begin with a dot, as \
+                          slurm:cluster:15"
+                .into()),
         }
-        Ok(Key(text.to_owned()))
     }
 
     /// A Slurm job's. Without its restart count: the Epilog of a requeued job sees another one than its Prolog did.
@@ -130,9 +128,7 @@ impl Public {
 
     /// What its processes get; its key, too, so that they are known for its.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
-        let list = |of: fn(&Part) -> &str| self.slices.iter().map(of).collect::<Vec<_>>().join(",");
-        let (uuids, profiles) = (list(|part| &part.uuid), list(|part| &part.profile));
-        let mut variables = environment(&uuids, &profiles, self.token.as_deref().unwrap_or_default());
+        let mut variables = environment(&self.uuids(), &self.profiles(), self.token.as_deref().unwrap_or_default());
         variables.push((KEY, self.key.clone()));
         variables
     }
@@ -163,7 +159,12 @@ impl Public {
         request.alternatives.iter().any(all)
     }
 
-    /// Its profiles, comma-separated.
+    /// The UUIDs of its slices, comma-separated.
+    pub fn uuids(&self) -> String {
+        self.slices.iter().map(|part| part.uuid.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Their profiles, comma-separated.
     pub fn profiles(&self) -> String {
         self.slices.iter().map(|part| part.profile.as_str()).collect::<Vec<_>>().join(",")
     }
@@ -202,7 +203,7 @@ mod tests {
         for good in ["slurm:mini:15", "pbs:123[4].server", "lsf:77[3]", "a"] {
             assert_eq!(Key::parse(good).unwrap().as_str(), good);
         }
-        let long = "x".repeat(LONGEST + 1);
+        let long = "x".repeat(129);
         for bad in ["", ".x", "..", "a/b", "a b", "ä", "a\nb", long.as_str()] {
             assert!(Key::parse(bad).is_err(), "{bad:?}");
         }

@@ -1,18 +1,46 @@
-//! The low-level runtime as a child process: only for `delete` of a leased container and for orphans.
+//! The low-level runtime as a child process: for `delete` of a leased container, for orphans, and for what root is asked to
+//! do with a container of a user's.
 
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::handover::{self, Sigpipe};
+
+mod state;
+
+pub use state::{State, look};
 
 /// Runs the runtime with our own stdio, the given environment and the SIGPIPE that we inherited, and waits. The exit
 /// code, or 128 + signal.
 pub fn run(runtime: &Path, args: &[OsString], env: &[OsString], pipe: Sigpipe) -> io::Result<i32> {
     let status = pipe.in_child(&mut command(runtime, args, env)).status()?;
-    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+    Ok(code_of(status))
+}
+
+/// Waits for a child at most so long, then kills it. The exit code, or 128 + signal; `None`: it was not over by then.
+pub fn end_within(limit: Duration, child: &mut Child) -> io::Result<Option<i32>> {
+    let until = Instant::now() + limit;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(code_of(status)));
+        }
+        if Instant::now() >= until {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(16));
+    }
+}
+
+fn code_of(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 /// `status` of a container as `RUNTIME --root ROOT state ID` tells it; `None` where it knows no such container.
@@ -44,7 +72,8 @@ fn root_args(root: Option<&Path>) -> Vec<OsString> {
     root.map_or_else(Vec::new, |root| vec!["--root".into(), root.into()])
 }
 
-fn command(runtime: &Path, args: &[OsString], env: &[OsString]) -> Command {
+/// The runtime with these arguments and no other environment.
+pub fn command(runtime: &Path, args: &[OsString], env: &[OsString]) -> Command {
     use std::os::unix::ffi::OsStrExt;
     let pairs = env.iter().filter_map(|whole| {
         let at = whole.as_bytes().iter().position(|b| *b == b'=')?;
@@ -79,6 +108,15 @@ mod tests {
         std::fs::write(&script, "#!/bin/sh\ngrep -q '^SigIgn:.*[13579bdf]...$' /proc/self/status\n").unwrap();
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         assert!(delete_force(&script, None, "c1"), "SIGPIPE (13) is ignored");
+    }
+
+    #[test]
+    fn one_that_does_not_end_is_killed() {
+        let start = |script: &str| command(Path::new("/bin/sh"), &["-c".into(), script.into()], &[]).spawn().unwrap();
+        assert_eq!(end_within(Duration::from_secs(60), &mut start("exit 7")).unwrap(), Some(7));
+        let mut sleeping = start("trap '' TERM; while :; do :; done");
+        assert_eq!(end_within(Duration::from_millis(50), &mut sleeping).unwrap(), None);
+        assert_eq!(sleeping.try_wait().unwrap().map(code_of), Some(128 + 9));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::bundle;
 use crate::config::Settings;
 use crate::edits;
 use crate::engine::{self, Engine, Released};
-use crate::first::{self, Plan, Verb};
+use crate::first::{self, Own, Plan, Verb};
 use crate::gpu::nvml::Nvml;
 use crate::handover::{self, Sigpipe};
 use crate::hook;
@@ -23,6 +23,8 @@ use crate::report::{self, Misused, Refused};
 use crate::request::{self, Request};
 use crate::runtime;
 
+mod job;
+
 /// Does what the command line asks for, then becomes the runtime. Returns an exit code when it could not.
 pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
     let env = handover::unwrap_environment();
@@ -30,7 +32,7 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
     let settings = match Settings::load(plan.own.config.as_deref()) {
         Ok(settings) => settings,
         // A broken settings file must not keep anybody from deleting a container.
-        Err(error) if matches!(plan.verb, Verb::Delete | Verb::Exec) => {
+        Err(error) if !matches!(plan.verb, Verb::Create | Verb::Run | Verb::Restore) => {
             eprintln!("mig-runtime: {error}; going on without");
             // The first stage read as much when it saw the lease: the same runtime, and the same leases.
             let outline = first::Outline::read(plan.own.config.as_deref());
@@ -41,17 +43,22 @@ pub fn main(args: Vec<OsString>, pipe: Sigpipe) -> i32 {
     };
     report::start_logging(&settings, false);
     let nvml = Nvml::at(&settings.nvml); // loads nothing before it is asked something
-    let prepared = match plan.verb {
-        Verb::Create | Verb::Run => create(&plan, &settings, &nvml),
-        Verb::Restore => restore(&plan).map(|()| None),
-        Verb::Exec => {
+    let prepared = match (plan.verb, &plan.own.job) {
+        (Verb::State | Verb::Kill | Verb::Delete, Some(_)) if plan.id.is_some() => {
+            return job::manage(&plan, &settings, &env, pipe).unwrap_or_else(|error| refuse(&plan, &error));
+        }
+        (Verb::Create | Verb::Run, Some(key)) => job::create(&plan, &settings, key).map(|()| None),
+        (_, Some(_)) => job::check_root(&plan).map(|()| None),
+        (Verb::Create | Verb::Run, None) => create(&plan, &settings, &nvml),
+        (Verb::Restore, None) => restore(&plan).map(|()| None),
+        (Verb::Exec, None) => {
             if let Err(error) = exec(&plan, &settings, &nvml) {
                 tracing::warn!("the process gets no environment of its slice: {}", report::sentence(&error));
             }
             Ok(None)
         }
-        Verb::Delete => return delete(&plan, &settings, &nvml, &env, pipe),
-        Verb::Other => Ok(None),
+        (Verb::Delete, None) => return delete(&plan, &settings, &nvml, &env, pipe),
+        (Verb::State | Verb::Kill | Verb::Other, None) => Ok(None),
     };
     match prepared {
         Err(error) => refuse(&plan, &error),
@@ -72,7 +79,9 @@ fn refuse(plan: &Plan, error: &anyhow::Error) -> i32 {
     let message = format!("mig: {}", report::sentence(error));
     eprintln!("mig-runtime: {message}");
     tracing::error!("{message}");
-    if let Some(log) = &plan.log {
+    // Of what root does for a job, the job's user may own the directory.
+    let job_of_a_user = plan.own.job.is_some() && nix::unistd::geteuid().is_root();
+    if let Some(log) = plan.log.as_ref().filter(|_| !job_of_a_user) {
         report::to_runtime_log(log, plan.log_json, &message);
     }
     report::exit_code(error) as i32
@@ -81,12 +90,7 @@ fn refuse(plan: &Plan, error: &anyhow::Error) -> i32 {
 /// Edits the config of a container that asks for slices. The token of what was acquired, to be given back should the
 /// hand-over fail.
 fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String>> {
-    if !plan.own.unknown.is_empty() {
-        let unknown = plan.own.unknown.join(", ");
-        return Err(
-            Misused(format!("unknown option {unknown}; valid are --mig-env, --mig-config and --mig-runtime")).into()
-        );
-    }
+    check_options(&plan.own)?;
     let path = first::config_path(plan);
     let shown = path.display().to_string();
     let config = bundle::parse(&bundle::read(&path)?, &shown)?;
@@ -118,6 +122,20 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
         .and_then(|()| Ok(bundle::replace(&path, &value)?))
         .inspect_err(|_| hook::give_back(&engine, &token));
     put.map(|()| Some(token))
+}
+
+fn check_options(own: &Own) -> Result<(), Misused> {
+    if !own.unknown.is_empty() {
+        let unknown = own.unknown.join(", ");
+        let valid = "--mig-env, --mig-config, --mig-runtime and --mig-job";
+        return Err(Misused(format!("unknown option {unknown}; valid are {valid}")));
+    }
+    match own.are_wrong() {
+        true => {
+            Err(Misused("--mig-env and --mig-job exclude each other: a job's containers get what the job has".into()))
+        }
+        false => Ok(()),
+    }
 }
 
 /// Annotations win over the environment, which counts only for an entry with `--mig-env`: an image's ENV and a user's

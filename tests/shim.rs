@@ -852,7 +852,7 @@ fn an_option_of_ours_that_is_misspelt_is_refused_by_name() {
     world.recording_runtime(0);
     let bundle = world.bundle("b", &config(json!({}), &[]));
     let output = create(&world, &["--mig-envv"], &bundle, "c1");
-    assert_refused(&world, &output, 64, &["--mig-envv", "--mig-env, --mig-config and --mig-runtime"]);
+    assert_refused(&world, &output, 64, &["--mig-envv", "--mig-env, --mig-config, --mig-runtime and --mig-job"]);
 }
 
 /// A pid file that lies there from an earlier container says nothing about the one that is being created.

@@ -14,9 +14,8 @@ use crate::gpu::nvml::Nvml;
 use crate::host;
 use crate::job::{self, Key, Node, Part, Public};
 use crate::lease::{Holder, Way};
-use crate::report::{Exit, Misused, Refused};
+use crate::report::{Exit, Misused};
 use crate::request;
-use crate::store::{Store, StoreError};
 
 /// Arguments of `migctl job`.
 #[derive(Debug, clap::Args)]
@@ -172,7 +171,7 @@ pub(super) fn waiting(settings: &Settings) -> Option<u32> {
 
 fn env(state_dir: &Path, args: &Env, json: bool) -> Result<Exit> {
     let job = match &args.key {
-        Some(key) => public_of(state_dir, key)?,
+        Some(key) => engine::published_job(state_dir, key)?,
         None => of_this_process(state_dir)?,
     };
     let Some(job) = job else {
@@ -216,29 +215,8 @@ pub(super) fn of_this_process(state_dir: &Path) -> Result<Option<Public>> {
         (None, None) => return Ok(None),
     };
     match key {
-        Ok(key) => public_of(state_dir, &key),
+        Ok(key) => Ok(engine::published_job(state_dir, &key)?),
         Err(_) => Ok(None), // not one that we have given
-    }
-}
-
-/// What is public of a job.
-///
-/// # Errors
-/// When it was refused, or is another user's.
-pub(super) fn public_of(state_dir: &Path, key: &Key) -> Result<Option<Public>> {
-    let others = || Refused(format!("job {key} is another user's"));
-    let public = match Store::at(state_dir).published::<Public>(key.as_str(), job::VERSION) {
-        Err(StoreError::NotRoot { .. }) => bail!(others()),
-        public => public?,
-    };
-    let Some(public) = public else { return Ok(None) };
-    let user = nix::unistd::geteuid();
-    if !user.is_root() && user.as_raw() != public.uid {
-        bail!(others());
-    }
-    match public.refusal {
-        Some(why) => bail!(Failure::NoRoom(format!("job {key} was refused: {why}"))),
-        None => Ok(Some(public)),
     }
 }
 

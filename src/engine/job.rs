@@ -7,10 +7,10 @@ use crate::container::Own;
 use crate::edits;
 use crate::gpu::MigMode;
 use crate::host::{self, ProcessId};
-use crate::job::{Key, Node, Public};
+use crate::job::{self, Key, Node, Public};
 use crate::lease::{Holder, Init, Lease, State, VERSION};
 use crate::request::Request;
-use crate::store::Lock;
+use crate::store::{Lock, Store, StoreError};
 
 use super::{ACQUIRE_LOCK_WAIT, BIND_LOCK_WAIT, Engine, Failure, Released, make_host_nodes, nodes_of};
 
@@ -176,6 +176,24 @@ impl Engine<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// What is public of a job; `None` where there is nothing: it asked for nothing, or is over.
+///
+/// # Errors
+/// [`Failure::NoRoom`] when it was refused, [`Failure::NotAllowed`] when it is another user's.
+pub fn published_job(state_dir: &Path, key: &Key) -> Result<Option<Public>, Failure> {
+    let others = || Failure::NotAllowed(format!("job {key} is another user's"));
+    let public = match Store::at(state_dir).published::<Public>(key.as_str(), job::VERSION) {
+        Err(StoreError::NotRoot { .. }) => return Err(others()),
+        public => public?,
+    };
+    let user = nix::unistd::geteuid();
+    match public {
+        Some(public) if !user.is_root() && user.as_raw() != public.uid => Err(others()),
+        Some(Public { refusal: Some(why), .. }) => Err(Failure::NoRoom(format!("job {key} was refused: {why}"))),
+        public => Ok(public),
     }
 }
 

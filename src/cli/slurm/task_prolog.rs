@@ -2,15 +2,15 @@
 
 use anyhow::Result;
 
-use crate::cli::job::public_of;
 use crate::config::Settings;
+use crate::engine;
 use crate::job;
 use crate::report::{self, Exit};
 
 /// slurmd reads lines of standard output: `export NAME=value` sets a variable, `unset NAME` removes one, `print` is for the
 /// user (slurm.conf(5), TaskProlog). An exit code other than 0 fails the job, and nothing else.
 pub(super) fn run(settings: &Settings) -> Result<Exit> {
-    let job = super::key().and_then(|key| public_of(&settings.state_dir, &key));
+    let job = super::key().and_then(|key| Ok(engine::published_job(&settings.state_dir, &key)?));
     match job {
         Ok(None) => {
             let stale = job::inherited(|name| std::env::var(name).ok());
