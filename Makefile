@@ -23,7 +23,7 @@ DIST := target/dist
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo test test-engines check bench bench-queue install uninstall clean
+.PHONY: help deps build demo test test-engines test-slurm test-slurm-slow check bench bench-queue install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,12 +49,18 @@ test: deps build ## everything: unit tests, binaries on the simulator, real runc
 test-engines: build ## the real-container tests against SUITE's engines, on cgroup v1 and v2 (root; SUITE=trixie, sid, ...)
 	@scripts/test-engines $(SUITE)
 
+test-slurm: build ## clusters of real Slurm on this machine, a node with simulated GPUs each (root; installs Slurm)
+	@scripts/test-slurm
+
+test-slurm-slow: build ## the same, and what waits for Slurm's slow clocks: many minutes
+	@SLOW=1 scripts/test-slurm
+
 check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/tally.sh scripts/test \
-	    scripts/test-engines .ci/run
+	    scripts/test-engines scripts/test-slurm .ci/run
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench

@@ -238,8 +238,9 @@ eng_no_cgroups() {
     [[ -n $(findmnt --noheadings --types cgroup2) ]] || ! eng_on_cgroup2 true || eng_on_cgroup2 "$ENG_SELF" rmdir-cgroups "$1"
 }
 eng_rmdir_cgroups() {
-    find /sys/fs/cgroup -depth -type d -path "*/$1*" -exec rmdir {} + 2>/dev/null || true
-    [[ -z $(find /sys/fs/cgroup -type d -name "$1*" -print -quit 2>/dev/null) ]]
+    # Slurm's are called after a node: slurm_$1...
+    find /sys/fs/cgroup -depth -type d -path "*$1*" -exec rmdir {} + 2>/dev/null || true
+    [[ -z $(find /sys/fs/cgroup -type d -name "*$1*" -print -quit 2>/dev/null) ]]
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

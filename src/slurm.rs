@@ -1,5 +1,6 @@
 //! Slurm, as far as a node's Prolog and Epilog have to know it, and what its own files have to say. Pure.
 
+pub mod conf;
 pub mod counts;
 
 /// The word of a job's comment that asks for slices: `mig=1g.10gb`. job_submit.lua writes it.

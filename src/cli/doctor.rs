@@ -29,7 +29,6 @@ mod root;
 mod runtimes;
 mod settings;
 mod slurm;
-mod slurm_conf;
 mod state;
 mod system;
 

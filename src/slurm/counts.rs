@@ -13,6 +13,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::conf::Conf;
 use crate::gpu::{Device, Placement};
 
 /// Compute slices of a node, as generic resource.
@@ -197,12 +198,12 @@ impl<'a> Cluster<'a> {
     }
 
     /// Lines for slurm.conf, to be included there, as far as it does not say them already.
-    pub fn slurm_conf(&self, site: &Site, scripts: &Path) -> String {
+    pub fn slurm_conf(&self, conf: &Conf, scripts: &Path) -> String {
         let mut text =
             head("#", "Included at the end of slurm.conf. Each node's Gres (below) belongs on its own NodeName line.");
         for (key, script) in [("Prolog", "prolog"), ("Epilog", "epilog"), ("TaskProlog", "task-prolog")] {
             let ours = scripts.join(script);
-            let (ours, comment) = match site.get(key).filter(|other| Path::new(other) != ours) {
+            let (ours, comment) = match conf.value(&key.to_ascii_lowercase()).filter(|other| Path::new(other) != ours) {
                 Some(other) => {
                     text += &format!("# slurm.conf has {key}={other}: call ours from it.\n");
                     (ours, "#")
@@ -218,7 +219,7 @@ impl<'a> Cluster<'a> {
             ("JobSubmitPlugins", &["lua"]),
             ("CliFilterPlugins", &["lua"]),
         ] {
-            text += &format!("{key}={}\n", site.with(key, ours));
+            text += &format!("{key}={}\n", with(conf, key, ours));
         }
         text += "ProctrackType=proctrack/cgroup\n#\n";
         for node in self.nodes {
@@ -309,49 +310,15 @@ pub fn oci_conf(cluster: &str, container: &Container) -> String {
         + "# From Slurm 23.02 on:\n# EnvExclude=\"^(SLURM_CONF|SLURM_CONF_SERVER)=\"\n# RunTimeEnvExclude=\"^(SLURM_CONF|SLURM_CONF_SERVER)=\"\n"
 }
 
-/// What slurm.conf says of the things that we have a say in too.
-#[derive(Debug, Default)]
-pub struct Site {
-    values: BTreeMap<String, String>,
+/// A list of slurm.conf with ours at its end, as far as they are not in it.
+fn with(conf: &Conf, key: &str, ours: &[&str]) -> String {
+    let known = conf.words(&key.to_ascii_lowercase());
+    let theirs = conf.value(&key.to_ascii_lowercase()).unwrap_or_default().split(',').map(str::trim);
+    let new = ours.iter().copied().filter(|word| !known.contains(&word.to_ascii_lowercase()));
+    theirs.filter(|word| !word.is_empty()).chain(new).collect::<Vec<_>>().join(",")
 }
 
-impl Site {
-    /// Reads a slurm.conf; files that it includes are not looked at.
-    pub fn of(text: &str) -> Site {
-        let joined = text.replace("\\\n", "");
-        let pairs = joined.lines().filter_map(|line| {
-            let line = line.split('#').next()?.trim();
-            let (key, value) = line.split_once('=')?;
-            let value = value.split_whitespace().next()?.trim_matches('"');
-            Some((key.trim().to_ascii_lowercase(), value.to_owned()))
-        });
-        Site { values: pairs.collect() }
-    }
-
-    /// The cluster's name.
-    pub fn cluster(&self) -> Option<&str> {
-        self.get("ClusterName")
-    }
-
-    fn get(&self, key: &str) -> Option<&str> {
-        self.values.get(&key.to_ascii_lowercase()).map(String::as_str)
-    }
-
-    /// A list with ours at its end, as far as they are not in it.
-    fn with(&self, key: &str, ours: &[&str]) -> String {
-        let theirs = self.get(key).unwrap_or_default().split(',').filter(|entry| !entry.is_empty());
-        let mut all: Vec<&str> = theirs.collect();
-        for word in ours {
-            let known = all.iter().any(|entry| entry.rsplit('/').next().is_some_and(|e| e.eq_ignore_ascii_case(word)));
-            if !known {
-                all.push(word);
-            }
-        }
-        all.join(",")
-    }
-}
-
-/// Files that [`head`] begins are ours to write again.
+/// Whether a text is of our making, so that we may write it anew.
 pub fn is_ours(text: &str) -> bool {
     text.lines().next().is_some_and(|line| line.contains(MARK))
 }
@@ -435,6 +402,10 @@ mod tests {
     fn node(name: &str, boards: &[&[Row]]) -> Node {
         let gpus = boards.iter().zip(0..).map(|(rows, index)| board(index, rows)).collect();
         Node { node: name.into(), cluster: "c".into(), gpus }
+    }
+
+    fn conf(text: &str) -> Conf {
+        Conf::read(Path::new("/slurm.conf"), &|_| Some(text.to_owned())).unwrap()
     }
 
     fn cost<'a>(cluster: &'a Cluster, profile: &str) -> &'a BTreeMap<String, u32> {
@@ -535,7 +506,7 @@ mod tests {
         let nodes = [node("a", &[A100]), node("b", &[A100_40])];
         let cluster = Cluster::of(&nodes);
         assert_eq!((cost(&cluster, "1g.10gb")["migc"], cost(&cluster, "1g.10gb")["migm"]), (1, 2));
-        let text = cluster.slurm_conf(&Site::default(), Path::new("/s"));
+        let text = cluster.slurm_conf(&Conf::default(), Path::new("/s"));
         assert!(
             text.contains("# 1g.10gb takes different shares of these GPUs; the greatest is counted everywhere.\n"),
             "{text}"
@@ -544,13 +515,12 @@ mod tests {
 
     #[test]
     fn what_slurm_conf_says_already_is_kept() {
-        let site = Site::of(
+        let conf = conf(
             "clustername=mini # ours\nGresTypes=gpu,mig\nPrologFlags = X11,\\\nNoHold\nProlog=/site/prolog\nEpilog=/s/epilog\n\
              JobSubmitPlugins=job_submit/lua,throttle\n#CliFilterPlugins=syslog\nNodeName=n CPUs=2\n",
         );
-        assert_eq!(site.cluster(), Some("mini"));
         let nodes = [node("n", &[A30])];
-        let text = Cluster::of(&nodes).slurm_conf(&site, Path::new("/s"));
+        let text = Cluster::of(&nodes).slurm_conf(&conf, Path::new("/s"));
         for line in [
             "# slurm.conf has Prolog=/site/prolog: call ours from it.",
             "#Prolog=/s/prolog",

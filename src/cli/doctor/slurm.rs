@@ -10,10 +10,10 @@ use glob::{MatchOptions, Pattern};
 
 use super::gpus::Seen;
 use super::root::Root;
-use super::slurm_conf::{self, Conf};
 use super::{Check, listed, quoted};
 use crate::config::Settings;
 use crate::gpu::{Device, MigMode};
+use crate::slurm::conf::{self as slurm_conf, Conf};
 
 /// Where slurm.conf lies: packages, Debian before bookworm, built by hand, and the caches of slurmd without files of its own.
 const DIRS: [&str; 7] = [

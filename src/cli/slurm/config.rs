@@ -16,7 +16,8 @@ use crate::gpu::Gpu;
 use crate::gpu::nvml::Nvml;
 use crate::host;
 use crate::report::{Exit, Misused, Unusable};
-use crate::slurm::counts::{self, Board, Cluster, Container, Node, Site};
+use crate::slurm::conf::Conf;
+use crate::slurm::counts::{self, Board, Cluster, Container, Node};
 
 /// Where `make install` puts the scripts that Slurm starts, seen from the directory above migctl's own.
 const SCRIPTS: &str = "libexec/mig-hook/slurm";
@@ -72,8 +73,8 @@ impl File {
 }
 
 pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> {
-    let site = site(args.slurm_conf.as_deref())?;
-    let node = this_node(settings, args, &site)?;
+    let conf = read(args.slurm_conf.as_deref())?;
+    let node = this_node(settings, args, &conf)?;
     if json {
         crate::cli::print(&node, true, |_| String::new())?;
         return Ok(Exit::Ok);
@@ -85,7 +86,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     let chosen = |file: &File| args.file.is_none_or(|only| only == *file);
     let files: Vec<File> = File::value_variants().iter().copied().filter(chosen).collect();
     let texts: Vec<(File, String)> =
-        files.into_iter().map(|file| Ok((file, text(file, &nodes, &site, settings)?))).collect::<Result<_>>()?;
+        files.into_iter().map(|file| Ok((file, text(file, &nodes, &conf, settings)?))).collect::<Result<_>>()?;
     match &args.dir {
         Some(dir) => write_all(dir, &texts)?,
         None => {
@@ -100,19 +101,23 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
     Ok(Exit::Ok)
 }
 
-/// slurm.conf, where this machine has it: a node that gets it from the controller has none.
-fn site(file: Option<&Path>) -> Result<Site> {
+/// slurm.conf with what it includes, less what we have written; nothing where this machine has none: a node may get it from
+/// the controller.
+fn read(file: Option<&Path>) -> Result<Conf> {
     let named = file.map(Path::to_owned).or_else(|| std::env::var_os("SLURM_CONF").map(PathBuf::from));
-    let path = named.clone().unwrap_or_else(|| SLURM_CONF.into());
-    match fs::read_to_string(&path) {
-        Ok(text) => Ok(Site::of(&text)),
-        Err(error) if error.kind() == ErrorKind::NotFound && named.is_none() => Ok(Site::default()),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    let path = named.as_deref().unwrap_or(Path::new(SLURM_CONF));
+    let text_of = |path: &Path| {
+        let text = fs::read_to_string(path).ok()?;
+        Some(if counts::is_ours(&text) { String::new() } else { text })
+    };
+    match Conf::read(path, &text_of) {
+        None if named.is_some() => bail!(Unusable(format!("cannot read {}", path.display()))),
+        conf => Ok(conf.unwrap_or_default()),
     }
 }
 
-fn this_node(settings: &Settings, args: &Args, site: &Site) -> Result<Node> {
-    let cluster = args.cluster.as_deref().or(site.cluster()).ok_or_else(|| {
+fn this_node(settings: &Settings, args: &Args, conf: &Conf) -> Result<Node> {
+    let cluster = args.cluster.as_deref().or(conf.value("clustername")).ok_or_else(|| {
         Misused(
             "the cluster's name is in no slurm.conf here: pass --cluster NAME (scontrol show config tells ClusterName)"
                 .into(),
@@ -156,10 +161,10 @@ fn add(nodes: &mut Vec<Node>, file: &Path) -> Result<()> {
     Ok(())
 }
 
-fn text(file: File, nodes: &[Node], site: &Site, settings: &Settings) -> Result<String> {
+fn text(file: File, nodes: &[Node], conf: &Conf, settings: &Settings) -> Result<String> {
     let cluster = Cluster::of(nodes);
     Ok(match file {
-        File::SlurmConf => cluster.slurm_conf(site, &scripts()),
+        File::SlurmConf => cluster.slurm_conf(conf, &scripts()),
         File::GresConf => cluster.gres_conf(),
         File::JobSubmit => cluster.job_submit_lua(),
         File::CliFilter => cluster.cli_filter_lua(),

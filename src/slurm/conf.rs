@@ -1,5 +1,5 @@
 //! Files of Slurm's own format (slurm.conf, gres.conf, cgroup.conf, oci.conf), read as its src/common/parse_config.c reads
-//! them, and its lists of hosts and of generic resources.
+//! them, and its lists of hosts and of generic resources. Pure: who reads says how.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ const LENGTH: usize = 4 << 20;
 
 /// Such a file with all that it includes.
 #[derive(Debug, Default)]
-pub(super) struct Conf {
+pub struct Conf {
     lines: Vec<Line>,
     /// Included files that could not be read, or were too many, too deep or too long.
     pub unread: Vec<PathBuf>,
@@ -20,7 +20,7 @@ pub(super) struct Conf {
 
 /// `NodeName=n1 Gres=migc:7 State=UNKNOWN`: keys in lower case, with their values.
 #[derive(Debug)]
-pub(super) struct Line(Vec<(String, String)>);
+pub struct Line(Vec<(String, String)>);
 
 impl Line {
     /// The value of a key, which is given in lower case.
@@ -153,7 +153,7 @@ fn pair(text: &str) -> Option<(&str, &str, &str)> {
 }
 
 /// Whether a list of hosts, or of files (`gpu[01-16,20],login`), has a name. Nothing is expanded.
-pub(super) fn has(list: &str, name: &str) -> bool {
+pub fn has(list: &str, name: &str) -> bool {
     let mut open = false;
     let mut items = list.split(|c| {
         open = (open || c == '[') && c != ']';
@@ -182,14 +182,17 @@ fn is_numbered(numbers: &str, digits: &str) -> bool {
 
 /// One of `gpu:a100_3g.20gb:2,migc:7`: name, type and count.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Gres {
+pub struct Gres {
+    /// In lower case.
     pub name: String,
+    /// Its type.
     pub kind: Option<String>,
+    /// How many.
     pub count: u64,
 }
 
 /// The resources of `Gres=`.
-pub(super) fn gres(list: &str) -> Vec<Gres> {
+pub fn gres(list: &str) -> Vec<Gres> {
     list.split(',').map(str::trim).filter(|item| !item.is_empty()).map(one_gres).collect()
 }
 
@@ -205,7 +208,7 @@ fn one_gres(item: &str) -> Gres {
 }
 
 /// A number, perhaps with a suffix that stands for a power of 1024.
-pub(super) fn counted(word: &str) -> Option<u64> {
+pub fn counted(word: &str) -> Option<u64> {
     let power = |c: char| "KMGTP".find(c.to_ascii_uppercase()).map(|at| at as u32 + 1);
     let suffix = word.chars().next_back().and_then(power);
     let number: u64 = word[..word.len() - usize::from(suffix.is_some())].parse().ok()?;
