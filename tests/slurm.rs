@@ -6,5 +6,7 @@
 #[path = "slurm/cluster.rs"]
 mod cluster;
 mod common;
+#[path = "slurm/ends.rs"]
+mod ends;
 #[path = "slurm/submit.rs"]
 mod submit;

@@ -142,7 +142,7 @@ pub(super) fn place(mountinfo: &str, cgroup: &str) -> Option<Place> {
 pub(super) struct Mount<'a> {
     pub(super) root: &'a str,
     pub(super) at: PathBuf,
-    kind: &'a str,
+    pub(super) kind: &'a str,
     options: &'a str,
 }
 
@@ -155,7 +155,7 @@ impl Mount<'_> {
         inside.then(|| Place { version, mount: self.at.clone(), root: root.to_owned(), below: below.to_owned() })
     }
 
-    fn read(line: &str) -> Option<Mount<'_>> {
+    pub(super) fn read(line: &str) -> Option<Mount<'_>> {
         let (mount, fs) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
         let mut fs = fs.split(' ');

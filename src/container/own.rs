@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::ResolveFlag;
 
-use super::cgroup::{Place, hierarchy, place};
+use super::cgroup::{Mount, Place, Version, hierarchy, place};
 use super::{ContainerError, directory, failed, own_directory, refused};
 
 /// What the names of our cgroups begin with, so that none of anybody else's is taken away.
@@ -93,9 +93,12 @@ pub fn remove_job(path: &str) {
     }
 }
 
-/// Whether there is a cgroup of that path in the hierarchy of the device rules.
+/// Whether there is a cgroup of that path in any hierarchy: slurmd makes its own in that of the device rules with its first
+/// job only (seen with 22.05), in v1's freezer at its start.
 pub fn is_cgroup(path: &str) -> bool {
-    mountinfo().and_then(|mounts| named(&mounts, Path::new(path))).is_ok_and(|place| place.dir().is_dir())
+    let mounts = mountinfo().unwrap_or_default();
+    let is_there = |mount: Mount<'_>| mount.place(Version::One, path).is_some_and(|place| place.dir().is_dir());
+    mounts.lines().filter_map(Mount::read).filter(|mount| mount.kind.starts_with("cgroup")).any(is_there)
 }
 
 fn remove_directory(dir: &Path) -> Result<bool, ContainerError> {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::container::Own;
 use crate::edits;
@@ -16,6 +17,11 @@ use super::{ACQUIRE_LOCK_WAIT, BIND_LOCK_WAIT, Engine, Failure, Released, make_h
 
 /// Milliseconds after which a refusal that nobody has ended is forgotten: a day.
 const REFUSAL_LIMIT_MS: u64 = 24 * 3600 * 1000;
+
+/// How long the end of a job waits for its last processes. Slurm drains a node whose Epilog takes longer than
+/// PrologEpilogTimeout, for which doctor wants 30 s.
+const LAST_PROCESS_LIMIT: Duration = Duration::from_secs(10);
+const LAST_PROCESS_PAUSE: Duration = Duration::from_millis(300);
 
 impl Engine<'_> {
     /// Records the process that a command became, and its cgroup.
@@ -144,8 +150,14 @@ impl Engine<'_> {
     /// Takes back what a job has, and what is public of it. Idempotent: what never was is success. `None`: it had nothing.
     pub fn end_job(&self, key: &Key) -> Result<Option<Released>, Failure> {
         let mut outcome = None;
+        let deadline = Instant::now() + LAST_PROCESS_LIMIT;
         for lease in self.leases_of_job(key)? {
-            let released = self.release(&lease.token, None, "its job has ended")?;
+            let mut released = self.release(&lease.token, None, "its job has ended")?;
+            // The last processes of a job may be on their way out.
+            while matches!(released, Released::Busy { .. }) && Instant::now() < deadline {
+                std::thread::sleep(LAST_PROCESS_PAUSE);
+                released = self.release(&lease.token, None, "its job has ended")?;
+            }
             // The worst of several is told.
             if matches!(outcome, None | Some(Released::Done | Released::Unknown)) {
                 outcome = Some(released);

@@ -20,7 +20,7 @@ use crate::common::{World, binaries, run, text, wait_for};
 /// The user that scripts/test-slurm knows, whose jobs these are.
 pub const USER: (&str, u32) = ("migtest", 61001);
 /// Longest that Slurm may take to notice something at once.
-pub const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// A cluster. Ends all of its processes.
 pub struct Cluster {
@@ -172,7 +172,8 @@ impl Cluster {
         for (key, script) in [("Prolog", "prolog"), ("Epilog", "epilog"), ("TaskProlog", "task-prolog")] {
             conf += &format!("{key}={}/{script}\n", scripts.display());
         }
-        std::fs::write(self.conf(), conf + more + "\n").unwrap();
+        let more = more.replace("@DIR@", &dir.to_string());
+        std::fs::write(self.conf(), conf + &more + "\n").unwrap();
     }
 
     fn config_of<'a>(&'a self, node: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -204,6 +205,22 @@ impl Cluster {
     /// Ends the slurmd of a node by a signal. Jobs go on.
     pub fn end_slurmd(&self, node: usize, signal: &str) {
         end(self.nodes[node].slurmd.take().expect("it runs"), signal);
+    }
+
+    /// Kills slurmstepd of a job, its child that holds the job together, and nothing of the job itself.
+    pub fn kill_stepds(&self, job: &str) {
+        let title = format!("slurmstepd: [{job}.");
+        let is_it =
+            |pid: &u32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|l| l.starts_with(title.as_bytes()));
+        let all = Path::new("/proc").read_dir().unwrap().flatten();
+        let found: Vec<u32> = all.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(is_it).collect();
+        assert!(!found.is_empty(), "no {title}…");
+        kill(&found.iter().map(u32::to_string).collect::<Vec<_>>());
+    }
+
+    /// Kills every process of every job.
+    pub fn kill_jobs(&self) {
+        self.nodes.iter().for_each(|node| kill(&node.processes()));
     }
 
     // ---- users ----
@@ -250,6 +267,15 @@ impl Cluster {
         self.out("sbatch", &all).trim().to_owned()
     }
 
+    /// Waits for a file that a job makes.
+    pub fn wait_for_file(&self, name: &str) {
+        let until = std::time::Instant::now() + SOON;
+        while !self.path(&format!("home/{name}")).exists() {
+            assert!(std::time::Instant::now() < until, "{name} is not there after {SOON:?}\n{}", self.logs());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// What a job of sbatch has written.
     pub fn output(&self, job: &str) -> String {
         std::fs::read_to_string(self.path(&format!("home/out-{job}"))).unwrap_or_default()
@@ -293,7 +319,11 @@ impl Cluster {
 
     /// Waits until a job has its slices: it has got through its Prolog.
     pub fn wait_leases(&self, number: usize) -> Vec<Value> {
-        wait_for("leases", SOON, || self.leases().len() == number);
+        let until = std::time::Instant::now() + SOON;
+        while self.leases().len() != number {
+            assert!(std::time::Instant::now() < until, "{} leases, not {number}\n{}", self.leases().len(), self.logs());
+            std::thread::sleep(Duration::from_millis(50));
+        }
         self.leases()
     }
 
@@ -331,10 +361,11 @@ impl Cluster {
         }
     }
 
-    /// What the daemons said, less what they always say.
+    /// What the daemons and the jobs said, less what they always say.
     pub fn logs(&self) -> String {
         let mut shown = String::new();
-        let mut files: Vec<PathBuf> = self.path("log").read_dir().unwrap().map(|f| f.unwrap().path()).collect();
+        let all = ["log", "home"].iter().flat_map(|dir| self.path(dir).read_dir().unwrap().map(|f| f.unwrap().path()));
+        let mut files: Vec<PathBuf> = all.filter(|path| path.is_file()).collect();
         files.sort();
         for file in files {
             let text = std::fs::read(&file).unwrap_or_default();
@@ -367,7 +398,7 @@ impl Node {
     }
 
     /// Processes in the cgroups of jobs here.
-    fn processes(&self) -> Vec<String> {
+    pub fn processes(&self) -> Vec<String> {
         let mut found = Vec::new();
         let mut open: Vec<PathBuf> = self.cgroups();
         while let Some(dir) = open.pop() {
@@ -390,7 +421,7 @@ impl Drop for Cluster {
                 if pids.is_empty() {
                     break;
                 }
-                let _ = Command::new("kill").arg("-KILL").args(&pids).stderr(Stdio::null()).status();
+                kill(&pids);
                 std::thread::sleep(Duration::from_millis(50));
             }
             for of in ["devices", "freezer"] {
@@ -429,6 +460,10 @@ fn daemon(conf: &Path, log: &Path, program: &str, args: &[&str]) -> Child {
     let mut command = Command::new(program);
     command.args(args).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("SLURM_CONF", conf);
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
+}
+
+fn kill(pids: &[String]) {
+    let _ = Command::new("kill").arg("-KILL").args(pids).stderr(Stdio::null()).status();
 }
 
 fn end(mut child: Child, signal: &str) {
