@@ -6,5 +6,7 @@
 #[path = "slurm/cluster.rs"]
 mod cluster;
 mod common;
+#[path = "slurm/containers.rs"]
+mod containers;
 #[path = "slurm/submit.rs"]
 mod submit;
