@@ -6,6 +6,8 @@
 #[path = "slurm/cluster.rs"]
 mod cluster;
 mod common;
+#[path = "slurm/containers.rs"]
+mod containers;
 #[path = "slurm/ends.rs"]
 mod ends;
 #[path = "slurm/submit.rs"]

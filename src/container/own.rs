@@ -83,14 +83,26 @@ pub fn remove(path: &str) -> Result<bool, ContainerError> {
     }
 }
 
-/// Takes away the cgroup that was made for a job which never had a process, and its user's above it when that is empty then.
-/// What stands against that is left as it is.
+/// Takes away the cgroup of a job without processes, with those in it (Slurm 22.05 leaves its steps' when a container was
+/// killed), and its user's above it when that is empty then. What stands against that is left as it is.
 pub fn remove_job(path: &str) {
     if let Ok(place) = mountinfo().and_then(|mounts| named(&mounts, Path::new(path))) {
         let dir = place.dir();
-        let above = fs::remove_dir(&dir).ok().and(dir.parent());
-        let _ = above.map(fs::remove_dir);
+        remove_empty(&dir);
+        if let Some(above) = dir.parent().filter(|_| !dir.exists()) {
+            let _ = fs::remove_dir(above);
+        }
     }
+}
+
+/// Takes away a cgroup and those in it, as far as no process is in them.
+fn remove_empty(dir: &Path) {
+    for entry in dir.read_dir().into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_empty(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(dir);
 }
 
 /// Whether there is a cgroup of that path in any hierarchy: slurmd makes its own in that of the device rules with its first
@@ -232,6 +244,23 @@ mod tests {
         child.wait().unwrap();
         assert!(own.remove().unwrap() && !own.dir().exists());
         assert!(own.remove().unwrap() && remove(&own.path()).unwrap(), "one that has gone is no error");
+    }
+
+    #[test]
+    fn what_is_left_of_a_job_goes_with_its_steps_unless_a_process_is_in_one() {
+        let Some(own) = own("job") else { return };
+        let job = format!("{}/uid_1/job_2", own.path());
+        let step = Own::at(Path::new(&format!("{job}/step_0/task_0"))).unwrap();
+        let mut sleep = Command::new("/bin/sleep");
+        let mut child = handover::in_cgroup(sleep.arg("60"), step.procs().unwrap()).spawn().unwrap();
+        remove_job(&job);
+        assert!(step.dir().exists(), "a process is in it");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        remove_job(&job);
+        assert!(!own.dir().join("uid_1").exists() && own.dir().exists());
+        remove_job(&job);
+        assert!(own.remove().unwrap());
     }
 
     #[test]

@@ -29,7 +29,7 @@ const ASKED: &str = "mig";
 pub struct Node {
     /// Slurm's name of it.
     pub node: String,
-    /// Slurm's name of the cluster.
+    /// Slurm's name of the cluster, in lower case as its jobs have it.
     pub cluster: String,
     /// GPUs with MIG on that mig-hook manages.
     pub gpus: Vec<Board>,
@@ -219,9 +219,15 @@ impl<'a> Cluster<'a> {
             ("JobSubmitPlugins", &["lua"]),
             ("CliFilterPlugins", &["lua"]),
         ] {
-            text += &format!("{key}={}\n", with(conf, key, ours));
+            let value = with(conf, key, ours);
+            if conf.value(&key.to_ascii_lowercase()) != Some(&value) {
+                text += &format!("{key}={value}\n");
+            }
         }
-        text += "ProctrackType=proctrack/cgroup\n#\n";
+        if conf.words("proctracktype") != ["cgroup"] {
+            text += "ProctrackType=proctrack/cgroup\n";
+        }
+        text += "#\n";
         for node in self.nodes {
             text += &format!("# NodeName={} Gres={}\n", node.node, self.gres(node));
         }
@@ -528,12 +534,12 @@ mod tests {
             "TaskProlog=/s/task-prolog",
             "PrologFlags=X11,NoHold,Contain",
             "GresTypes=gpu,mig,migc,migm,mig1g6gbme,mig2g12gbme",
-            "JobSubmitPlugins=job_submit/lua,throttle",
             "CliFilterPlugins=lua",
             "# NodeName=n Gres=migc:4,migm:4,mig1g6gbme:1,mig2g12gbme:1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
+        assert!(!text.contains("JobSubmitPlugins"), "it is as it should be: {text}");
     }
 
     /// job_submit.lua and cli_filter.lua of two nodes, in the Lua that Slurm has, with as much of Slurm as they need.

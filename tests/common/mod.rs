@@ -49,7 +49,12 @@ impl World {
 
     /// The same with more options for `nvml-sim create`.
     pub fn with(boards: &[&str], options: &[&str]) -> World {
-        let world = World { dir: tempfile::Builder::new().prefix("mig").tempdir().unwrap() };
+        World::at(tempfile::Builder::new().prefix("mig").tempdir().unwrap(), boards, options)
+    }
+
+    /// The same in a directory that the caller has made.
+    pub fn at(dir: tempfile::TempDir, boards: &[&str], options: &[&str]) -> World {
+        let world = World { dir };
         let mut args = vec!["create".to_owned(), world.path("m").display().to_string()];
         args.extend(boards.iter().flat_map(|b| ["--gpu".to_owned(), (*b).to_owned()]));
         args.extend(options.iter().map(|o| (*o).to_owned()));

@@ -59,12 +59,11 @@ impl Cluster {
             .iter()
             .zip('a'..)
             .map(|(boards, letter)| {
-                let node = Node {
-                    name: format!("{name}{letter}"),
-                    world: World::with(boards, &[]),
-                    slurmd: RefCell::new(None),
-                };
-                open_to_users(node.world.path(".").as_path());
+                // In a directory of the node's name, as slurmd and slurmstepd can write it into a path.
+                let name = format!("{name}{letter}");
+                let own = tempfile::Builder::new().prefix(&name).rand_bytes(0).tempdir_in(dir.path()).unwrap();
+                open_to_users(own.path());
+                let node = Node { name, world: World::at(own, boards, &[]), slurmd: RefCell::new(None) };
                 node.world.settings(settings);
                 node
             })
@@ -95,13 +94,10 @@ impl Cluster {
     /// packaging/slurm as installed, but that migctl reads the settings of the node that it is called on.
     fn write_scripts(&self) {
         let (here, bin) = (self.path("scripts"), self.path("bin"));
-        for node in &self.nodes {
-            std::os::unix::fs::symlink(node.world.config(), self.path(&format!("etc/{}.toml", node.name))).unwrap();
-        }
         let migctl = format!(
-            "#!/bin/sh\nexec {}/migctl --config {}/$SLURMD_NODENAME.toml \"$@\"\n",
+            "#!/bin/sh\nexec {}/migctl --config {}/$SLURMD_NODENAME/config.toml \"$@\"\n",
             binaries().display(),
-            self.path("etc").display()
+            self.dir.path().display()
         );
         write_program(&bin.join("migctl"), &migctl);
         for name in ["prolog", "epilog", "task-prolog"] {
@@ -141,16 +137,9 @@ impl Cluster {
         let written = first.world.migctl(&self.config_of(&first.name, &into));
         assert!(written.status.success(), "{}", text(&written));
 
-        // One oci.conf serves all nodes of this machine: each has its settings under its name.
+        // One oci.conf serves all nodes of this machine: each has its settings and its state under its name.
         let oci = std::fs::read_to_string(etc.join("oci.conf")).unwrap();
-        let of_node = |path: PathBuf| path.display().to_string();
-        let oci = oci
-            .replace(&of_node(first.world.config()), &format!("{}/%n.toml", etc.display()))
-            .replace(&of_node(first.world.path("state")), &format!("{dir}/state-%n"));
-        for node in &self.nodes {
-            std::os::unix::fs::symlink(node.world.path("state"), self.path(&format!("state-{}", node.name))).unwrap();
-        }
-        std::fs::write(etc.join("oci.conf"), oci).unwrap();
+        std::fs::write(etc.join("oci.conf"), oci.replace(&format!("/{}/", first.name), "/%n/")).unwrap();
         std::fs::write(
             etc.join("cgroup.conf"),
             "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=yes\n",
@@ -337,7 +326,7 @@ impl Cluster {
         }
     }
 
-    /// Soon no node has a lease, an instance, or a cgroup of a job, and each is open to new jobs.
+    /// Soon no node has a lease, an instance, a process of a job, or anything public of one, and each is open to new jobs.
     pub fn assert_clean(&self, when: &str) {
         self.assert_clean_within(SOON, when);
     }
@@ -349,7 +338,8 @@ impl Cluster {
             for (n, node) in self.nodes.iter().enumerate() {
                 left.extend(node.world.leases().iter().map(|lease| format!("lease {lease:#}")));
                 left.extend(node.world.instances().iter().map(|instance| format!("instance {instance}")));
-                left.extend(node.cgroups().iter().map(|path| path.display().to_string()));
+                // Slurm itself may leave empty cgroups behind.
+                left.extend(node.processes().iter().map(|pid| format!("process {pid}")));
                 left.extend(node.published().iter().map(|path| path.display().to_string()));
                 left.extend(Some(self.node_state(n)).filter(|state| state != "IDLE"));
             }
@@ -380,7 +370,7 @@ impl Cluster {
 
 impl Node {
     /// The cgroups of jobs on this node.
-    pub fn cgroups(&self) -> Vec<PathBuf> {
+    fn cgroups(&self) -> Vec<PathBuf> {
         let below = |path: PathBuf| -> Vec<PathBuf> {
             let entries = path.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
             entries.filter(|path| path.is_dir()).collect()

@@ -21,7 +21,7 @@ fn nothing(program: &str) -> &'static [&'static str] {
 }
 
 /// MIG UUIDs in a text, in the order in which they come.
-fn uuids(text: &str) -> Vec<String> {
+pub fn uuids(text: &str) -> Vec<String> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
     words.filter(|word| word.starts_with("MIG-")).map(str::to_owned).collect()
 }

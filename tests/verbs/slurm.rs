@@ -99,7 +99,7 @@ fn files_of_others_are_left_alone() {
 #[test]
 fn what_is_missing_is_told() {
     let world = machine(&["a30-24gb"]);
-    let conf = world.write("slurm.conf", "ClusterName=site\nPrologFlags=X11\n").display().to_string();
+    let conf = world.write("slurm.conf", "ClusterName=Site\nPrologFlags=X11\n").display().to_string();
     assert_eq!(document(&world, &["slurm", "config", "--slurm-conf", &conf])["cluster"], "site");
     world.write("slurm.conf", "PrologFlags=X11\n");
     let refused = world.migctl(&["slurm", "config", "--slurm-conf", &conf]);

@@ -135,7 +135,8 @@ fn this_node(settings: &Settings, args: &Args, conf: &Conf) -> Result<Node> {
     if gpus.is_empty() {
         bail!(Unusable("no GPU here has MIG on, and the driver tells profiles only then: migctl mode on GPU".into()));
     }
-    Ok(Node { node: name, cluster: cluster.to_owned(), gpus })
+    // In lower case, as slurmctld and every job have it.
+    Ok(Node { node: name, cluster: cluster.to_lowercase(), gpus })
 }
 
 /// Reads the facts of another node.
