@@ -13,6 +13,7 @@ CRIODIR := $(DATADIR)/mig-hook/hooks.d/crio
 SCHEMADIR := $(DATADIR)/mig-hook/schema
 SLURMDIR := $(LIBEXECDIR)/mig-hook/slurm
 GRAFANADIR := $(DATADIR)/mig-hook/grafana
+HPCDIR := $(DATADIR)/mig-hook/hpc
 BASHDIR := $(DATADIR)/bash-completion/completions
 ZSHDIR := $(DATADIR)/zsh/site-functions
 FISHDIR := $(DATADIR)/fish/vendor_completions.d
@@ -60,7 +61,7 @@ check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/tally.sh scripts/test \
-	    scripts/test-engines scripts/test-slurm .ci/run
+	    scripts/test-engines scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench
@@ -86,6 +87,11 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	    target=$(DESTDIR)$(SLURMDIR)/$$script; \
 	    sed 's|@BINDIR@|$(BINDIR)|' "packaging/slurm/$$script.in" >"$$target" && chmod 755 "$$target" || exit 1; \
 	done
+	for file in packaging/hpc/*/*; do \
+	    target=$(DESTDIR)$(HPCDIR)/$${file#packaging/hpc/}; mode=644; test ! -x "$$file" || mode=755; \
+	    install -D -m "$$mode" "$$file" "$$target" && \
+	    sed -i 's|/usr/bin/migctl|$(BINDIR)/migctl|; s|/usr/libexec|$(LIBEXECDIR)|' "$$target" || exit 1; \
+	done
 	install -D -m 644 -t $(DESTDIR)$(SCHEMADIR) docs/schema/*
 	install -D -m 644 -t $(DESTDIR)$(GRAFANADIR) packaging/grafana/mig-hook.json
 	install -d -m 755 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
@@ -103,8 +109,10 @@ uninstall: ## take that away again; settings and state stay
 	rm -f $(addprefix $(DESTDIR)$(SLURMDIR)/,prolog task-prolog epilog)
 	rm -f $(addprefix $(DESTDIR)$(SCHEMADIR)/,$(notdir $(wildcard docs/schema/*)))
 	rm -f $(DESTDIR)$(GRAFANADIR)/mig-hook.json
+	rm -f $(addprefix $(DESTDIR)$(HPCDIR)/,$(patsubst packaging/hpc/%,%,$(wildcard packaging/hpc/*/*)))
 	rm -f $(DESTDIR)$(BASHDIR)/migctl $(DESTDIR)$(ZSHDIR)/_migctl $(DESTDIR)$(FISHDIR)/migctl.fish
 	-rmdir $(DESTDIR)$(SLURMDIR) $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
+	    $(addprefix $(DESTDIR)$(HPCDIR)/,$(notdir $(wildcard packaging/hpc/*))) $(DESTDIR)$(HPCDIR) \
 	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(GRAFANADIR) $(DESTDIR)$(DATADIR)/mig-hook
 
 clean: ## remove what was built

@@ -21,7 +21,7 @@ const COMPUTE: &str = "migc";
 /// Memory slices of a node, as generic resource.
 const MEMORY: &str = "migm";
 /// What users ask for: no node has any, job_submit.lua makes counts of it.
-const ASKED: &str = "mig";
+pub const ASKED: &str = "mig";
 
 /// What a node has: the document of `migctl slurm config`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +67,16 @@ pub struct Offer {
     pub total: u32,
     /// Where it may be, in memory slices.
     pub placements: Vec<Placement>,
+}
+
+impl Node {
+    /// What it has of everything that it may be counted by, by name: also of profiles that only other nodes' GPUs make count
+    /// by themselves.
+    pub fn counts(&self) -> BTreeMap<String, u32> {
+        let profiles = self.gpus.iter().flat_map(|board| &board.profiles);
+        let rooms = profiles.map(|offer| (kind(&offer.name), room(self, &offer.name)));
+        rooms.chain([COMPUTE, MEMORY].map(|kind| (kind.to_owned(), total(self, kind)))).collect()
+    }
 }
 
 impl Board {
@@ -181,6 +191,11 @@ impl<'a> Cluster<'a> {
             costs: profiles.iter().map(cost).collect(),
             uneven: shares.iter().filter(|(_, shares)| shares.len() > 1).map(|(name, _)| (*name).to_owned()).collect(),
         }
+    }
+
+    /// The generic resources that are counted; none is called [`ASKED`].
+    pub fn kinds(&self) -> &[String] {
+        &self.kinds
     }
 
     /// What a node has of each kind: `migc:14,migm:16`.

@@ -495,31 +495,42 @@ fn rivals_are_named() {
     assert_eq!(machine.faults(), Vec::<String>::new());
 }
 
-const SLURM: &str = "ClusterName=mini\nInclude nodes.conf\nPrologFlags=Contain\nProctrackType=proctrack/cgroup\nTaskPlugin=\
-                     task/affinity,task/cgroup\nProlog=/usr/libexec/mig-hook/slurm/prolog\nEpilog=/etc/slurm/epilog.d/*\n\
-                     TaskProlog=/usr/libexec/mig-hook/slurm/task-prolog\nPrologEpilogTimeout=120\nGresTypes=gpu,migc,migm\n\
-                     JobSubmitPlugins=lua\nCliFilterPlugins=lua\nNodeFeaturesPlugins=node_features/helpers\n";
-const OCI: &str = "RunTimeQuery=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U state x\"\n\
-                   RunTimeKill=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U kill x KILL\"\n\
-                   RunTimeRun=\"/usr/bin/mig-runtime --mig-job slurm:mini:%j --root=/run/mig-hook/runtime/%U run x -b %b\"\n";
+/// What a site has of its own. Slurm's files as `migctl slurm config` makes them are beside it.
+const SLURM: &str = "ClusterName=mini\nTaskPlugin=task/affinity,task/cgroup\nEpilog=/etc/slurm/epilog.d/*\n\
+                     PrologEpilogTimeout=120\nGresTypes=gpu\nNodeFeaturesPlugins=node_features/helpers\n\
+                     Include nodes.conf\nInclude mig-hook.conf\n";
 
-/// Slurm as it should be on a node with these compute and memory slices.
-fn slurm(world: &World, compute: u32, memory: u32) {
+/// Slurm as it should be on this machine.
+fn slurm(world: &World) {
     world.script("host/usr/sbin/slurmd", "");
     for stage in ["prolog", "task-prolog"] {
         world.script(&format!("host/usr/libexec/mig-hook/slurm/{stage}"), &format!("exec migctl slurm {stage}"));
     }
     world.script("host/etc/slurm/epilog.d/50-mig", "exec /usr/bin/migctl slurm epilog");
     world.write("host/etc/hostname", "n7.example.org\n");
-    world.write("host/etc/slurm/slurm.conf", SLURM);
+    let conf = world.write("host/etc/slurm/slurm.conf", SLURM).display().to_string();
+    let dir = world.path("host/etc/slurm").display().to_string();
+    let made = world.migctl(&["slurm", "config", "--name", "n7", "--slurm-conf", &conf, "--dir", &dir]);
+    assert!(made.status.success(), "{}", text(&made));
+    let read = |file: &str| std::fs::read_to_string(world.path("host/etc/slurm").join(file)).unwrap();
+    let lines = read("mig-hook.conf");
+    let gres = lines.lines().find_map(|line| line.strip_prefix("# NodeName=n7 Gres=")).unwrap();
     world.write(
         "host/etc/slurm/nodes.conf",
-        &format!("NodeName=n[1-9] CPUs=4 \\ # all alike\n  Gres=migc:{compute},migm:{memory} State=UNKNOWN\n"),
+        &format!("NodeName=n[1-9] CPUs=4 \\ # all alike\n  Gres={gres} State=UNKNOWN\n"),
     );
-    world.write("host/etc/slurm/gres.conf", &format!("Name=migc Count={compute}\nName=migm Count={memory}\n"));
+    let runtime = binaries().join("mig-runtime").display().to_string();
+    world.write("host/etc/slurm/oci.conf", &read("oci.conf").replace(&runtime, "/usr/bin/mig-runtime"));
     world.write("host/etc/slurm/cgroup.conf", "ConstrainDevices=yes\n");
-    world.write("host/etc/slurm/oci.conf", OCI);
     world.write("host/etc/slurm/helpers.conf", "Feature=nps1,nps2 Helper=/usr/local/bin/nps\n");
+}
+
+/// Changes something in one of Slurm's files.
+fn change(world: &World, file: &str, from: &str, to: &str) {
+    let path = world.path("host/etc/slurm").join(file);
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{from} in {text}");
+    std::fs::write(&path, text.replace(from, to)).unwrap();
 }
 
 #[test]
@@ -534,27 +545,30 @@ fn slurm_as_it_should_be_and_with_every_fault() {
     world.write("host/etc/slurm/slurm.conf", "ClusterName=mini\n");
     assert!(said(&machine.check("slurm.conf")).contains("knows nothing of mig-hook"));
     assert_eq!(machine.faults(), Vec::<String>::new());
-    slurm(world, 21, 24);
+    slurm(world);
     assert_eq!(machine.faults(), Vec::<String>::new());
     machine.snapshot("doctor-slurm");
 
-    let old = SLURM.replace("Contain", "Alloc").replace("proctrack/cgroup", "proctrack/linuxproc");
-    let old = old.replace("TaskPlugin=task/affinity,task/cgroup", "TaskPlugin=task/none").replace("120", "20");
-    let old = old.replace("migc,migm", "migm").replace("JobSubmitPlugins=lua\n", "Include gone.conf\n");
-    let old = old.replace("Prolog=/usr/libexec/mig-hook/slurm/prolog", "Prolog=/etc/slurm/site-prolog");
-    world.write("host/etc/slurm/slurm.conf", &old);
+    let of_us = |from, to| change(world, "mig-hook.conf", from, to);
+    of_us("PrologFlags=Contain", "PrologFlags=Alloc");
+    of_us("proctrack/cgroup", "proctrack/linuxproc");
+    of_us("migc,", "");
+    of_us("JobSubmitPlugins=lua\n", "");
+    of_us("\nProlog=/usr/libexec/mig-hook/slurm/prolog", "\nProlog=/etc/slurm/site-prolog");
+    change(world, "slurm.conf", "TaskPlugin=task/affinity,task/cgroup", "TaskPlugin=task/none");
+    change(world, "slurm.conf", "Timeout=120", "Timeout=20\nInclude gone.conf");
     world.script("host/etc/slurm/site-prolog", "# migctl slurm prolog");
     let epilog = world.path("host/etc/slurm/epilog.d/50-mig");
     std::fs::set_permissions(&epilog, std::fs::Permissions::from_mode(0o777)).unwrap();
     std::fs::remove_file(world.path("host/usr/libexec/mig-hook/slurm/task-prolog")).unwrap();
-    world.write("host/etc/slurm/nodes.conf", "NodeName=n[1-9] Gres=migc:28,migm:32,gpu:1g.10gb:2\n");
+    change(world, "nodes.conf", "migc:21", "gpu:1g.10gb:2,migc:28");
     world.write(
         "host/etc/slurm/gres.conf",
         "Name=gpu Type=1g.10gb MultipleFiles=/dev/nvidia0,/dev/nvidia-caps/nvidia-cap21\n",
     );
-    world.write("host/etc/slurm/cgroup.conf", "ConstrainDevices=no\n");
-    world.write("host/etc/slurm/oci.conf", &OCI.replace(" KILL", ""));
-    world.write("host/etc/slurm/helpers.conf", "Feature=mig=on,mig=off Helper=/usr/local/bin/mig\n");
+    change(world, "cgroup.conf", "yes", "no");
+    change(world, "oci.conf", " KILL", "");
+    change(world, "helpers.conf", "nps1,nps2", "mig=on,mig=off");
     machine.snapshot("doctor-slurm-broken");
     let faults = [
         "slurm.conf",
@@ -584,15 +598,16 @@ fn slurm_s_faults_one_by_one() {
     let machine = Patient::new(&["a30-24gb"], &[]);
     let world = &machine.world;
     for (file, from, to, id, status, part) in [
-        ("slurm.conf", "\nProlog=/usr", "\n#Prolog=/usr", "slurm.prolog", "fail", "jobs get no slice"),
+        ("mig-hook.conf", "\nProlog=/usr", "\n#Prolog=/usr", "slurm.prolog", "fail", "jobs get no slice"),
         ("slurm.conf", "Epilog=/etc/slurm/epilog.d/*\n", "", "slurm.epilog", "warn", "Epilog is not set"),
-        ("slurm.conf", "TaskProlog=", "TaskEpilog=", "slurm.task-prolog", "fail", "call migctl slurm task-prolog"),
-        ("slurm.conf", "PrologFlags=Contain\n", "", "slurm.prolog-flags", "fail", "PrologFlags=Contain"),
-        ("slurm.conf", "proctrack/cgroup", "proctrack/pgid", "slurm.proctrack", "warn", "proctrack/pgid"),
+        ("mig-hook.conf", "TaskProlog=", "TaskEpilog=", "slurm.task-prolog", "fail", "call migctl slurm task-prolog"),
+        ("mig-hook.conf", "PrologFlags=Contain\n", "", "slurm.prolog-flags", "fail", "PrologFlags=Contain"),
+        ("mig-hook.conf", "proctrack/cgroup", "proctrack/pgid", "slurm.proctrack", "warn", "proctrack/pgid"),
         ("slurm.conf", ",task/cgroup", "", "slurm.task-plugin", "warn", "task/cgroup"),
-        ("slurm.conf", "CliFilterPlugins=lua", "", "slurm.lua", "warn", "--gres=mig:PROFILE"),
+        ("mig-hook.conf", "CliFilterPlugins=lua", "", "slurm.lua", "warn", "--gres=mig:PROFILE"),
         ("slurm.conf", "Timeout=120", "Timeout=29", "slurm.timeout", "warn", "at least 30"),
-        ("slurm.conf", "GresTypes=gpu,migc,migm\n", "", "slurm.gres-types", "fail", "no migc, migm"),
+        ("mig-hook.conf", "gpu,mig,migc", "gpu,migc", "slurm.gres-types", "fail", "no mig:"),
+        ("mig-hook.conf", ",mig2g12gbme", "", "slurm.gres-types", "fail", "no mig2g12gbme:"),
         (
             "slurm.conf",
             "Include nodes.conf",
@@ -601,9 +616,10 @@ fn slurm_s_faults_one_by_one() {
             "warn",
             "/host/etc/slurm/old/mini.conf",
         ),
-        ("nodes.conf", "migc:4", "migc:5", "slurm.node", "fail", "migc:5,migm:4, and its GPUs only migc:4,migm:4"),
-        ("nodes.conf", "migm:4", "migm:3", "slurm.node", "warn", "Gres=migc:4,migm:4 in slurm.conf"),
-        ("nodes.conf", "Gres=migc:4,migm:4", "", "slurm.node", "fail", "never start here"),
+        ("nodes.conf", "migc:4", "migc:5", "slurm.node", "fail", "only migc:4,migm:4"),
+        ("nodes.conf", "mig2g12gbme:1", "mig2g12gbme:2", "slurm.node", "fail", "mig2g12gbme:2, and its GPUs only"),
+        ("nodes.conf", "migm:4", "migm:3", "slurm.node", "warn", "Gres=migc:4,migm:4,mig1g6gbme:1,mig2g12gbme:1 in"),
+        ("nodes.conf", ",mig2g12gbme:1", "", "slurm.node", "fail", "never start here"),
         ("cgroup.conf", "yes", "no", "slurm.devices", "warn", "ConstrainDevices=yes"),
         ("oci.conf", " KILL", " TERM", "slurm.oci", "warn", "ignores TERM"),
         ("oci.conf", "--mig-job slurm:mini:%j", "", "slurm.oci", "fail", "--mig-job"),
@@ -620,18 +636,15 @@ fn slurm_s_faults_one_by_one() {
         ("gres.conf", "Name=migc", "AutoDetect=NVML Name=migc", "rival.slurm", "warn", "AutoDetect=off"),
         (
             "gres.conf",
-            "Name=migc",
-            "Name=gpu File=/dev/nvidia[0-3]\nName=migc",
+            "NodeName=n7 Name=migc",
+            "Name=gpu File=/dev/nvidia[0-3]\nNodeName=n7 Name=migc",
             "rival.slurm",
             "fail",
             "gpu: /dev/nvidia[0-3]",
         ),
     ] {
-        slurm(world, 4, 4);
-        let path = world.path("host/etc/slurm").join(file);
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert!(text.contains(from), "{from} in {text}");
-        std::fs::write(&path, text.replace(from, to)).unwrap();
+        slurm(world);
+        change(world, file, from, to);
         if from.starts_with("Include") {
             assert_eq!(machine.check("slurm.node")["status"], "skip", "no NodeName is known");
         }
@@ -639,7 +652,7 @@ fn slurm_s_faults_one_by_one() {
         assert!(found.contains(part), "{file}, {to}: {found}");
     }
     // What our settings ask of Slurm's.
-    slurm(world, 4, 4);
+    slurm(world);
     world.settings("[jobs]\nconfine = true\nwait = \"5m\"");
     assert!(machine.only("slurm.timeout", "fail").contains("at least 330"));
     assert!(said(&machine.check("slurm.devices")).contains("their own slices only"));
@@ -648,7 +661,7 @@ fn slurm_s_faults_one_by_one() {
     assert!(machine.only("slurm.devices", "warn").contains("every job is refused"));
     world.settings("");
     // GPUs that are not ours may be Slurm's.
-    slurm(world, 4, 4);
+    slurm(world);
     world.write("host/etc/slurm/gres.conf", "Name=gpu File=/dev/nvidia1\n");
     assert_eq!(machine.faults(), Vec::<String>::new());
 }

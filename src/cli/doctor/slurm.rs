@@ -2,6 +2,7 @@
 //!
 //! Nothing of Slurm's is started or asked: its files say what its daemons read.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,8 +13,9 @@ use super::gpus::Seen;
 use super::root::Root;
 use super::{Check, listed, quoted};
 use crate::config::Settings;
-use crate::gpu::{Device, MigMode};
+use crate::gpu::MigMode;
 use crate::slurm::conf::{self as slurm_conf, Conf};
+use crate::slurm::counts::{ASKED, Board, Cluster, Node};
 
 /// Where slurm.conf lies: packages, Debian before bookworm, built by hand, and the caches of slurmd without files of its own.
 const DIRS: [&str; 7] = [
@@ -28,8 +30,6 @@ const DIRS: [&str; 7] = [
 const SLURMD: [&str; 3] = ["/usr/sbin", "/usr/local/sbin", "/opt/slurm/sbin"];
 /// How long Prolog and Epilog may take at least, in seconds: what they wait for a lock and for the driver.
 const TIMEOUT: u64 = 30;
-/// The resources by which Slurm counts slices: compute and memory slices of a node.
-const COUNTED: [&str; 2] = ["migc", "migm"];
 /// Where our scripts for Slurm lie, in any prefix.
 const SCRIPTS: &str = "mig-hook/slurm/";
 const LINES: &str = "migctl slurm config prints the lines for this node";
@@ -89,8 +89,7 @@ pub(super) fn checks(slurm: &Slurm, root: &Root, settings: &Settings, gpus: &[Se
     let programs = ["prolog", "epilog", "task-prolog"].map(|stage| program(conf, file, root, stage));
     let in_oci = slurm.oci.as_ref().is_some_and(|(_, oci)| oci.value("runtimerun").is_some_and(ours));
     let types = conf.words("grestypes");
-    if !programs.iter().any(Program::is_ours) && !in_oci && !COUNTED.iter().any(|name| types.iter().any(|t| t == name))
-    {
+    if !programs.iter().any(Program::is_ours) && !in_oci && !types.iter().any(|name| name.starts_with(ASKED)) {
         return vec![Check::skip(
             id,
             format!("{}: Slurm knows nothing of mig-hook (migctl slurm config)", root.shown(file)),
@@ -109,8 +108,10 @@ pub(super) fn checks(slurm: &Slurm, root: &Root, settings: &Settings, gpus: &[Se
         submission(conf),
     ]);
     checks.push(timeouts(conf, settings.job_wait));
-    checks.push(types_of(&types));
-    checks.push(node(conf, &slurm.host, gpus));
+    let node = node_of(slurm, settings, gpus);
+    let kinds = Cluster::of(std::slice::from_ref(&node)).kinds().to_vec();
+    checks.push(types_of(&types, &kinds));
+    checks.push(counts(conf, &node, &kinds));
     checks.extend(slurm.oci.as_ref().map(|(path, oci)| containers(&root.shown(path), oci, &|p| root.is_program(p))));
     checks.extend(reboots(conf, slurm.helpers.as_ref().map(|(_, helpers)| helpers)));
     checks
@@ -345,16 +346,16 @@ fn timeouts(conf: &Conf, wait: Duration) -> Check {
 
 // ---- what Slurm counts ----
 
-fn types_of(types: &[String]) -> Check {
+fn types_of(types: &[String], kinds: &[String]) -> Check {
     let id = "slurm.gres-types";
-    let missing: Vec<String> =
-        COUNTED.iter().filter(|name| !types.iter().any(|t| t == *name)).map(|name| (*name).to_owned()).collect();
+    let wanted: Vec<String> = std::iter::once(ASKED.to_owned()).chain(kinds.iter().cloned()).collect();
+    let missing: Vec<String> = wanted.iter().filter(|name| !types.contains(name)).cloned().collect();
     match missing.is_empty() {
-        true => Check::ok(id, format!("GresTypes has {}", COUNTED.join(" and "))),
+        true => Check::ok(id, format!("GresTypes has {}", listed(&wanted))),
         false => Check::fail(
             id,
-            format!("GresTypes has no {}: Slurm does not count slices, and refuses jobs that ask", missing.join(", ")),
-            format!("GresTypes={} in slurm.conf, with what it has; {LINES}", COUNTED.join(",")),
+            format!("GresTypes has no {}: jobs that ask are refused, or are not counted", listed(&missing)),
+            format!("GresTypes={} in slurm.conf, with what else it has; {LINES}", wanted.join(",")),
         ),
     }
 }
@@ -364,48 +365,55 @@ fn is_cut(gpu: &Seen) -> bool {
     gpu.managed && gpu.device.mig == MigMode::On
 }
 
-/// What a GPU has to be cut: compute and memory slices.
-fn offered(device: &Device) -> [u64; 2] {
-    let compute = device.profiles.iter().map(|profile| profile.slices).max().unwrap_or(0);
-    let placements = device.profiles.iter().flat_map(|profile| &profile.placements);
-    [compute.into(), placements.map(|at| at.start + at.size).max().unwrap_or(0).into()]
+/// This host, as `migctl slurm config` sees it.
+fn node_of(slurm: &Slurm, settings: &Settings, gpus: &[Seen]) -> Node {
+    let cut = gpus.iter().filter(|gpu| is_cut(gpu));
+    let boards = cut.filter_map(|gpu| Board::of(&gpu.device, settings.profiles.as_deref()));
+    Node { node: slurm.host.clone(), cluster: String::new(), gpus: boards.collect() }
 }
 
-fn node(conf: &Conf, host: &str, gpus: &[Seen]) -> Check {
-    let id = "slurm.node";
+/// What slurm.conf says that this node has, beside what its GPUs can be cut into: what this node alone has to be counted by,
+/// and what other nodes of the cluster make count.
+fn counts(conf: &Conf, node: &Node, kinds: &[String]) -> Check {
+    let (id, host) = ("slurm.node", &node.node);
     let Some((name, gres)) = gres_of(conf, host) else {
         return Check::skip(id, format!("slurm.conf has no NodeName={host}: this machine runs no jobs"));
     };
-    let usable = || gpus.iter().filter(|gpu| is_cut(gpu));
-    if usable().next().is_none() {
+    if node.gpus.is_empty() {
         return Check::skip(id, format!("node {name}: no GPU to compare its Gres with"));
     }
-    let gres = slurm_conf::gres(&gres);
-    let counted = COUNTED.map(|name| gres.iter().filter(|g| g.name == name).map(|g| g.count).sum::<u64>());
-    let there = usable().map(|gpu| offered(&gpu.device)).fold([0, 0], |sum, one| [sum[0] + one[0], sum[1] + one[1]]);
-    let written = |counts: [u64; 2]| format!("{}:{},{}:{}", COUNTED[0], counts[0], COUNTED[1], counts[1]);
-    let remedy = format!("Gres={} in slurm.conf, and the same in gres.conf; {LINES}", written(there));
-    let (says, is) = (written(counted), written(there));
-    if counted == there {
-        return Check::ok(id, format!("node {name} has Gres={says}: what its GPUs can be cut into"));
+    let mut said: BTreeMap<String, u64> = BTreeMap::new();
+    for gres in slurm_conf::gres(&gres) {
+        *said.entry(gres.name).or_default() += gres.count;
     }
-    if counted.contains(&0) {
+    let there: BTreeMap<String, u64> = node.counts().into_iter().map(|(kind, n)| (kind, n.into())).collect();
+    let of = |counts: &BTreeMap<String, u64>, kind: &String| counts.get(kind).copied().unwrap_or(0);
+    let extra = said.keys().filter(|kind| !kinds.contains(kind) && there.contains_key(*kind));
+    let counted: Vec<&String> = kinds.iter().chain(extra).collect();
+    let written = |counts: &BTreeMap<String, u64>| {
+        let all: Vec<String> = counted.iter().map(|kind| format!("{kind}:{}", of(counts, kind))).collect();
+        all.join(",")
+    };
+    let (says, is) = (written(&said), written(&there));
+    let remedy = format!("Gres={is} in slurm.conf; {LINES}");
+    let any = |wrong: fn(u64, u64) -> bool| counted.iter().any(|kind| wrong(of(&said, kind), of(&there, kind)));
+    if any(|said, there| said == 0 && there > 0) {
         let found = format!("node {name} has Gres={says}, and its GPUs {is}: jobs that ask never start here");
         return Check::fail(id, found, remedy);
     }
-    match counted[0] > there[0] || counted[1] > there[1] {
-        true => Check::fail(
-            id,
-            format!(
-                "node {name} has Gres={says}, and its GPUs only {is}: Slurm starts jobs for which there is no room"
-            ),
-            remedy,
-        ),
-        false => Check::warn(
+    if any(|said, there| said > there) {
+        let found = format!(
+            "node {name} has Gres={says}, and its GPUs only {is}: Slurm starts jobs for which there is no room"
+        );
+        return Check::fail(id, found, remedy);
+    }
+    match any(|said, there| said < there) {
+        true => Check::warn(
             id,
             format!("node {name} has Gres={says}, and its GPUs {is}: the rest is never given out"),
             remedy,
         ),
+        false => Check::ok(id, format!("node {name} has Gres={says}: what its GPUs can be cut into")),
     }
 }
 
@@ -543,6 +551,10 @@ mod tests {
         format!("{}\n{}", check.found, check.remedy.as_deref().unwrap_or_default())
     }
 
+    fn nothing() -> Slurm {
+        Slurm { installed: false, conf: None, gres: None, cgroup: None, oci: None, helpers: None, host: String::new() }
+    }
+
     /// An A100, or an A30, as far as it matters here.
     fn gpu(index: u32, slices: u32, size: u32) -> Seen {
         let mut device = crate::gpu::tests::device(index);
@@ -557,7 +569,8 @@ mod tests {
             max_instances: 7,
             placements: starts.iter().map(|start| Placement { start: *start, size }).collect(),
         };
-        device.profiles = vec![profile(1, &[0, 1, 2, 3], 1), profile(slices, &[0], size)];
+        device.profiles =
+            vec![profile(1, &[0, 1, 2, 3], 1), Profile { max_instances: 1, ..profile(slices, &[0], size) }];
         Seen { device, managed: true, persistence: None, processes: vec![], users: vec![] }
     }
 
@@ -631,26 +644,37 @@ mod tests {
             let check = timeouts(&conf(text), Duration::from_secs(wait));
             assert!(check.status == status && said(&check).contains(part), "{text}: {check:?}");
         }
-        assert_eq!(types_of(&["gpu".into(), "migc".into(), "migm".into()]).status, Status::Ok);
-        assert!(said(&types_of(&["gpu".into(), "migc".into()])).contains("no migm"));
+        let kinds = ["migc".to_owned(), "migm".into(), "mig4g10gb".into()];
+        let types = |names: &str| types_of(&names.split(',').map(str::to_owned).collect::<Vec<_>>(), &kinds);
+        assert_eq!(types("gpu,mig,mig4g10gb,migc,migm").status, Status::Ok);
+        assert!(said(&types("gpu,migc,migm")).contains("no mig and mig4g10gb"));
     }
 
     #[test]
     fn a_node_has_what_its_gpus_can_be_cut_into() {
+        let slurm = Slurm { host: "n1".into(), ..nothing() };
         let gpus = [gpu(0, 7, 8), gpu(1, 4, 4), Seen { managed: false, ..gpu(2, 7, 8) }];
+        let node = node_of(&slurm, &Settings::default(), &gpus);
+        // Eleven compute slices are two of 4g, which fits once.
+        let kinds = Cluster::of(std::slice::from_ref(&node)).kinds().to_vec();
+        assert_eq!(kinds, ["migc", "migm", "mig4g10gb"]);
+        let own = "mig4g10gb:1";
         for (text, status, part) in [
-            ("NodeName=DEFAULT Gres=migc:11,migm:12\nNodeName=n[1-9] CPUs=4", Status::Ok, "node n[1-9]"),
-            ("NodeName=x NodeHostname=n1 Gres=gpu:2,migc:a:7,migc:b:4,migm:12", Status::Ok, "node x"),
-            ("NodeName=n1 Gres=migc:18,migm:20", Status::Fail, "only migc:11,migm:12"),
-            ("NodeName=n1 Gres=migc:10,migm:12", Status::Warn, "never given out"),
-            ("NodeName=n1 Gres=migc:11", Status::Fail, "never start"),
-            ("NodeName=n1", Status::Fail, "Gres=migc:11,migm:12 in slurm.conf"),
-            ("NodeName=n2 Gres=migc:11,migm:12", Status::Skip, "no NodeName=n1"),
+            (format!("NodeName=DEFAULT Gres=migc:11,migm:12,{own}\nNodeName=n[1-9] CPUs=4"), Status::Ok, "node n[1-9]"),
+            (format!("NodeName=x NodeHostname=n1 Gres=gpu:2,migc:a:7,migc:b:4,migm:12,{own}"), Status::Ok, "node x"),
+            (format!("NodeName=n1 Gres=migc:11,migm:12,{own},mig7g10gb:1,mig9:7"), Status::Ok, "mig7g10gb:1"),
+            (format!("NodeName=n1 Gres=migc:11,migm:12,{own},mig7g10gb:2"), Status::Fail, "only migc:11,migm:12"),
+            (format!("NodeName=n1 Gres=migc:18,migm:20,{own}"), Status::Fail, "only migc:11,migm:12"),
+            (format!("NodeName=n1 Gres=migc:10,migm:12,{own}"), Status::Warn, "never given out"),
+            ("NodeName=n1 Gres=migc:11,migm:12".to_owned(), Status::Fail, "mig4g10gb:0"),
+            ("NodeName=n1".to_owned(), Status::Fail, "Gres=migc:11,migm:12,mig4g10gb:1 in slurm.conf"),
+            (format!("NodeName=n2 Gres=migc:11,migm:12,{own}"), Status::Skip, "no NodeName=n1"),
         ] {
-            let check = node(&conf(text), "n1", &gpus);
+            let check = counts(&conf(&text), &node, &kinds);
             assert!(check.status == status && said(&check).contains(part), "{text}: {check:?}");
         }
-        assert_eq!(node(&conf("NodeName=n1"), "n1", &gpus[2..]).status, Status::Skip);
+        let none = node_of(&slurm, &Settings::default(), &gpus[2..]);
+        assert_eq!(counts(&conf("NodeName=n1"), &none, &[]).status, Status::Skip);
     }
 
     #[test]
@@ -658,15 +682,7 @@ mod tests {
         let gpus = [gpu(0, 7, 8), Seen { managed: false, ..gpu(1, 7, 8) }];
         let found = |slurm: &str, gres: &str| {
             let at = |text: &str| Some((PathBuf::from("/etc/slurm/x.conf"), conf(text)));
-            let slurm = Slurm {
-                installed: true,
-                conf: at(slurm),
-                gres: at(gres),
-                cgroup: None,
-                oci: None,
-                helpers: None,
-                host: "n1".into(),
-            };
+            let slurm = Slurm { conf: at(slurm), gres: at(gres), host: "n1".into(), ..nothing() };
             given_out(&slurm, &gpus).join("; ")
         };
         assert_eq!(found("NodeName=n1 Gres=migc:7,migm:8", "Name=migc Count=7\nName=migm Count=8"), "");
