@@ -13,7 +13,7 @@ mod own;
 mod program;
 
 pub use cgroup::Cgroup;
-pub use own::{Own, is_cgroup, remove, remove_job};
+pub use own::{Own, is_cgroup, path_of, remove, remove_job};
 
 use std::fs::File;
 use std::io::{self, Write};

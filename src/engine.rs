@@ -215,7 +215,7 @@ impl<'a> Engine<'a> {
         outcome
     }
 
-    fn acquire_at_once(&self, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
+    fn acquire_at_once(&self, request: &Request, holder: &Holder, cancel: Option<&File>) -> Result<Lease, Failure> {
         let deadline = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(20);
         loop {
@@ -227,7 +227,9 @@ impl<'a> Engine<'a> {
                 Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
                 outcome => return outcome,
             }
-            std::thread::sleep(pause);
+            if wait::is_cancelled_within(pause, cancel) {
+                return Err(Failure::Interrupted);
+            }
             pause = (pause * 2).min(Duration::from_millis(500));
         }
     }
@@ -711,10 +713,12 @@ impl<'a> Engine<'a> {
                 self.store.unpublish(lock, key)?;
             }
         }
-        if let Some(path) = lease.holder.cgroup.as_deref().filter(|_| lease.holder.way == Way::Run)
-            && let Err(error) = container::remove(path)
-        {
-            tracing::warn!("a cgroup is left behind: {error}");
+        if let Some(path) = lease.holder.cgroup.as_deref().filter(|_| lease.holder.way == Way::Run) {
+            match container::remove(path) {
+                Ok(true) => {}
+                Ok(false) => tracing::warn!("the cgroup {path} is left behind: a process is in it"),
+                Err(error) => tracing::warn!("a cgroup is left behind: {error}"),
+            }
         }
         self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
         audit_release(lease);

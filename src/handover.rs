@@ -75,6 +75,49 @@ impl Sigpipe {
     }
 }
 
+/// The signals that a thread holds back. A child inherits them: whoever reads signals instead of obeying them gives it those
+/// that it began with itself.
+#[derive(Clone, Copy)]
+pub struct SignalMask(libc::sigset_t);
+
+impl SignalMask {
+    /// Of this thread, now.
+    pub fn now() -> SignalMask {
+        // SAFETY: an all-zero sigset_t is a valid object for sigprocmask to fill in.
+        let mut mask: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: without a new mask nothing is changed; `mask` is a live sigset_t.
+        unsafe { libc::sigprocmask(libc::SIG_BLOCK, std::ptr::null(), &mut mask) };
+        SignalMask(mask)
+    }
+
+    /// Gives it to a child.
+    pub fn in_child(self, command: &mut Command) -> &mut Command {
+        let set = move || {
+            // SAFETY: the mask is initialised; the old one is not asked for.
+            unsafe { libc::sigprocmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+            Ok(())
+        };
+        // SAFETY: between fork and exec only sigprocmask(2) is called, which is async-signal-safe.
+        unsafe { command.pre_exec(set) }
+    }
+}
+
+impl std::fmt::Debug for SignalMask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SignalMask")
+    }
+}
+
+/// Whether whoever started us has a signal ignored, as nohup(1) does with SIGHUP, and a shell without job control with the
+/// SIGINT of what it starts in the background. One that is held back comes all the same.
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: an all-zero sigaction is a valid object for sigaction to fill in.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: without a new action nothing is changed; `action` is a live object.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
 /// Makes a child enter a cgroup before it becomes its program, and so all that it starts. `procs`: that cgroup's `cgroup.procs`,
 /// open for writing; the kernel asks whether who opened it may do this, whoever the child is by then.
 pub fn in_cgroup(command: &mut Command, procs: File) -> &mut Command {

@@ -282,6 +282,18 @@ pub fn parent(pid: u32) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Whether a process is a copy of another one by fork(2) that runs on in the same program: code, stack and arguments lie where
+/// they do there. execve(2) places them anew, at random.
+pub fn is_copy(pid: u32, of: u32) -> bool {
+    let layout = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        // startcode, endcode, startstack; arg_start to env_end (proc_pid_stat(5): 26 to 28, 48 to 51; the first here is 3)
+        Some([fields.get(23..26)?, fields.get(45..49)?].concat().join(" "))
+    };
+    layout(pid).is_some_and(|own| layout(of) == Some(own))
+}
+
 /// Command line of a process.
 pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
     use std::os::unix::ffi::OsStringExt;

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::config::Settings;
+use crate::container;
 use crate::engine::{self, Engine, Failure, Released};
 use crate::first::{self, Outline};
 use crate::gpu::nvml::Nvml;
@@ -45,14 +46,15 @@ struct Start {
     /// The group whose members may read what it has [default: the user's own]
     #[arg(long, value_name = "GID")]
     gid: Option<u32>,
-    /// Its cgroup, as it stands in /proc/PID/cgroup, or the end of that: the job lives as long as a process is in it
-    #[arg(long, value_name = "CGROUP")]
+    /// Its cgroup, by its directory, as it stands in /proc/PID/cgroup, or by the end of that: the job lives as long as a
+    /// process is in it
+    #[arg(long, value_name = "CGROUP", value_parser = cgroup)]
     cgroup: Option<String>,
     /// It lives as long as this process
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
     /// It lives as long as a process of root's whose command line begins so
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     sign: Option<String>,
     /// Wait in line for room, at most so long [default: jobs.wait of the settings]
     #[arg(long, value_name = "TIME", value_parser = super::wait)]
@@ -162,6 +164,10 @@ fn start(settings: &Settings, args: &Start, json: bool) -> Result<Exit> {
     let public = engine.start_job(&args.key, gid, &request, &holder, confine.map(Path::new))?;
     super::print(&Answer::of(public), json, |answer| lines(&answer.environment, Format::Shell))?;
     Ok(Exit::Ok)
+}
+
+fn cgroup(text: &str) -> Result<String, String> {
+    container::path_of(text).map_err(|error| error.to_string())
 }
 
 /// Seconds that a job waits for room where nothing else is said.

@@ -1,6 +1,7 @@
 //! `migctl run`: a command with slices of its own, from its start until the last of its processes has ended.
 
-use std::ffi::OsString;
+use std::cell::Cell;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -23,11 +24,10 @@ use crate::config::Settings;
 use crate::container::Own;
 use crate::engine::{self, Engine, Failure, Released, tickets_in};
 use crate::gpu::nvml::Nvml;
-use crate::handover;
+use crate::handover::{self, SignalMask};
 use crate::host::{self, ProcessId};
 use crate::job::{self, Public};
 use crate::lease::{Holder, Lease, Way};
-use crate::queue::Ticket;
 use crate::report::{Exit, Misused, Refused};
 use crate::request::{self, Request};
 use crate::store::Store;
@@ -90,8 +90,8 @@ pub(super) fn run(settings: &Settings, args: &Args) -> Result<u8> {
         let Some(shell) = shell else { bail!(Misused("the process that --pid names is not there".into())) };
         let holder = Holder { init: Some(shell), ..holder_of(shell.pid, host::process_name(shell.pid)) };
         let lease = acquire(settings, &engine, &request, &holder, &signals)?;
-        engine.nodes_for(&lease).inspect_err(|_| give_back(&engine, &lease))?;
-        return export(&environment(&lease));
+        let told = engine.nodes_for(&lease).map_err(Into::into).and_then(|_| export(&environment(&lease)));
+        return told.inspect_err(|_| give_back(&engine, &lease));
     }
     let program = args.command.first().map(Path::new).and_then(Path::file_name).unwrap_or_default();
     let holder = holder_of(std::process::id(), program.to_string_lossy().into_owned());
@@ -99,11 +99,16 @@ pub(super) fn run(settings: &Settings, args: &Args) -> Result<u8> {
     let confined = args.confine || settings.confine;
     let code = start(&engine, &lease, &args.command, confined, &signals);
     give_back(&engine, &lease);
+    signals.obey()?;
     code
 }
 
 /// Within a job that has slices: the command becomes what this process is.
 fn in_job(job: &Public, request: Option<&Request>, args: &Args) -> Result<u8> {
+    if args.confine {
+        let why = "--confine is for a command that gets slices of its own; jobs.confine of the settings is for jobs";
+        bail!(Misused(format!("{why}, and this is job {}", job.key)));
+    }
     if let Some(request) = request.filter(|request| !job.meets(request)) {
         let (has, wanted) = (job.profiles(), request::format_alternatives(&request.alternatives));
         bail!(Failure::BadRequest(format!(
@@ -135,20 +140,14 @@ fn acquire(
     holder: &Holder,
     signals: &Signals,
 ) -> Result<Lease> {
-    let progress = request.wait_s.map(|limit| Progress::begin(settings, limit));
+    let progress = holder.owner.filter(|_| request.wait_s.is_some()).and_then(|owner| Progress::begin(settings, owner));
     let given = engine.acquire_unless(request, holder, Some(signals.descriptor()?));
     drop(progress);
-    match signals.end() {
-        Some(signal) => {
-            if let Ok(lease) = given {
-                give_back(engine, &lease);
-            }
-            let _ = SigSet::all().thread_unblock();
-            let _ = raise(signal);
-            bail!(Failure::Interrupted)
-        }
-        None => Ok(given?),
+    if let (Ok(lease), true) = (&given, signals.end_us()) {
+        give_back(engine, lease);
     }
+    signals.obey()?;
+    Ok(given?)
 }
 
 /// Runs the command to its end, with everything by which it can be seen that its tree is alive: an inherited lock, a cgroup
@@ -156,10 +155,9 @@ fn acquire(
 fn start(engine: &Engine<'_>, lease: &Lease, words: &[OsString], confined: bool, signals: &Signals) -> Result<u8> {
     let [program, arguments @ ..] = words else { return Ok(Exit::Ok as u8) };
     engine.nodes_for(lease)?;
-    let held = engine.hold(&lease.token)?;
-    // Before there is a command, it is this process that is seen.
+    // It is this process that is seen, and after a kill what is in the cgroup.
     let us = host::process(std::process::id()).context("this process is not in /proc")?;
-    let recorded = |path: &str| engine.attach(&lease.token, us, Some(path));
+    let recorded = |path: &str| engine.attach(&lease.token, us, path);
     let cgroup = match Own::make(&lease.token, recorded) {
         Ok(cgroup) => Some(cgroup),
         Err(gone @ Failure::Stale(_)) => return Err(gone.into()),
@@ -169,26 +167,27 @@ fn start(engine: &Engine<'_>, lease: &Lease, words: &[OsString], confined: bool,
             None
         }
     };
+    let held = engine.hold(&lease.token)?;
     if let Some(cgroup) = cgroup.as_ref().filter(|_| confined) {
         engine.confine(Some(lease), cgroup)?;
     }
-    let path = cgroup.as_ref().map(Own::path);
     let mut command = Command::new(program);
     command.args(arguments).envs(environment(lease));
     handover::dies_with_us(&mut command);
+    signals.before.in_child(&mut command);
     if let Some(cgroup) = &cgroup {
         handover::in_cgroup(&mut command, cgroup.procs()?);
     }
     fcntl(held.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+    if signals.end_us() {
+        return Ok(Exit::Interrupted as u8); // nobody is there yet to hand it on to
+    }
     let spawned = command.spawn();
     drop(held);
     let mut child = match spawned {
         Ok(child) => child,
         Err(error) => return Ok(not_started(program, &error)),
     };
-    if let Some(init) = host::process(child.id()) {
-        engine.attach(&lease.token, init, path.as_deref())?;
-    }
     loop {
         signals.forward_next(child.id())?;
         if let Some(status) = child.try_wait()? {
@@ -223,13 +222,15 @@ fn not_root() -> String {
         .to_owned()
 }
 
-/// The shell that runs us. What `$(…)` starts is a copy of it, which has ended in a moment: it is of the same program and the
-/// same command line as its parent.
+/// The shell that runs us. What `$(…)` starts is a copy of it, which has ended in a moment, and so has what makes us root.
 fn calling_shell() -> Option<ProcessId> {
+    let makes_root = |pid| {
+        let program = host::program(pid)?;
+        Some(["sudo", "doas"].map(OsStr::new).contains(&program.file_name()?))
+    };
     let mut shell = host::parent(std::process::id())?;
     while let Some(above) = host::parent(shell)
-        && host::program(above).is_some_and(|program| host::program(shell) == Some(program))
-        && host::command_line(above) == host::command_line(shell)
+        && (makes_root(shell) == Some(true) || host::is_copy(shell, above))
     {
         shell = above;
     }
@@ -245,10 +246,14 @@ fn export(variables: &[(&str, String)]) -> Result<u8> {
 
 /// Signals, read instead of obeyed.
 struct Signals {
+    /// Those that were held back already.
+    before: SignalMask,
     /// Those that would end us.
     ends: SignalFd,
     /// All that can be handed on, and the one that says that a child has changed.
     all: SignalFd,
+    /// The one that has ended us.
+    end: Cell<Option<Signal>>,
 }
 
 /// Our own faults, and a terminal's stops, which the child gets too: obeyed as always.
@@ -269,15 +274,17 @@ const OBEYED: [Signal; 11] = [
 const HARMLESS: [Signal; 4] = [Signal::SIGCHLD, Signal::SIGCONT, Signal::SIGURG, Signal::SIGWINCH];
 
 impl Signals {
+    /// From here on. What we were started to ignore is left alone, and ignored by the command too.
     fn begin() -> Result<Signals> {
         handover::notice_children();
-        let mut all = SigSet::all();
-        OBEYED.into_iter().for_each(|signal| all.remove(signal));
+        let before = SignalMask::now();
+        let taken = |signal: &Signal| !OBEYED.contains(signal) && !handover::is_ignored(*signal as i32);
+        let all: SigSet = Signal::iterator().filter(taken).collect();
         let mut ends = all;
         HARMLESS.into_iter().for_each(|signal| ends.remove(signal));
         all.thread_block()?;
         let open = |signals: &SigSet| SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
-        Ok(Signals { ends: open(&ends)?, all: open(&all)? })
+        Ok(Signals { before, ends: open(&ends)?, all: open(&all)?, end: Cell::new(None) })
     }
 
     /// Readable when one has come that would have ended us.
@@ -285,10 +292,20 @@ impl Signals {
         Ok(self.ends.as_fd().try_clone_to_owned()?.into())
     }
 
-    /// The one that has come and would have ended us.
-    fn end(&self) -> Option<Signal> {
-        let info = self.ends.read_signal().ok()??;
-        signal_of(&info)
+    /// Whether one has come that would have ended us.
+    fn end_us(&self) -> bool {
+        if let (None, Ok(Some(info))) = (self.end.get(), self.ends.read_signal()) {
+            self.end.set(signal_of(&info));
+        }
+        self.end.get().is_some()
+    }
+
+    /// Ends us as that one would have.
+    fn obey(&self) -> Result<()> {
+        let Some(signal) = self.end.get() else { return Ok(()) };
+        let _ = SigSet::all().thread_unblock();
+        let _ = raise(signal);
+        bail!(Failure::Interrupted)
     }
 
     /// Waits for the next one and hands it on, unless the terminal has sent it to the whole foreground group, or it says
@@ -302,7 +319,9 @@ impl Signals {
         let Some(info) = self.all.read_signal()? else { return Ok(()) };
         match signal_of(&info) {
             None | Some(Signal::SIGCHLD) => {}
-            Some(_) if info.ssi_code == libc::SI_KERNEL => {}
+            // That the terminal is gone is told to its session's leader alone, and that may be us (tty_signal_session_leader in
+            // Linux, drivers/tty/tty_jobctrl.c).
+            Some(signal) if info.ssi_code == libc::SI_KERNEL && signal != Signal::SIGHUP => {}
             // It may have ended in this moment.
             Some(signal) => drop(kill(Pid::from_raw(child.cast_signed()), signal)),
         }
@@ -314,18 +333,22 @@ fn signal_of(info: &siginfo) -> Option<Signal> {
     Signal::try_from(i32::try_from(info.ssi_signo).ok()?).ok()
 }
 
-/// Tells whoever looks that we wait, and for how long: on a terminal every second, else once.
+/// Tells a terminal every second that we wait, and where. (Elsewhere it is told once, by the log.)
 struct Progress {
     end: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Progress {
-    fn begin(settings: &Settings, limit_s: u32) -> Progress {
+    /// `owner`: as in the ticket. `None` where there is no terminal.
+    fn begin(settings: &Settings, owner: ProcessId) -> Option<Progress> {
+        if !std::io::stderr().is_terminal() {
+            return None;
+        }
         let (end, ended) = channel();
         let store = Store::at(&settings.state_dir);
-        let thread = std::thread::spawn(move || tell(&store, limit_s, &ended));
-        Progress { end: Some(end), thread: Some(thread) }
+        let thread = std::thread::spawn(move || tell(&store, owner, &ended));
+        Some(Progress { end: Some(end), thread: Some(thread) })
     }
 }
 
@@ -338,22 +361,20 @@ impl Drop for Progress {
     }
 }
 
-fn tell(store: &Store, limit_s: u32, ended: &Receiver<()>) {
-    let (begun, terminal) = (Instant::now(), std::io::stderr().is_terminal());
+fn tell(store: &Store, owner: ProcessId, ended: &Receiver<()>) {
+    let begun = Instant::now();
     let mut told = false;
     while ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
         let tickets = tickets_in(store).unwrap_or_default();
-        let of_us = |ticket: &Ticket| ticket.holder.owner.is_some_and(|o| o.pid == std::process::id());
-        let Some(place) = tickets.iter().position(of_us).filter(|_| terminal || !told) else { continue };
-        let (limit, waited) = (request::format_wait(limit_s), begun.elapsed().as_secs());
-        let place = format!("waits in line, place {} of {}, at most {limit}", place + 1, tickets.len());
-        let _ = match terminal {
-            true => write!(std::io::stderr(), "\r\x1b[Kmigctl: {place}: {waited}s"),
-            false => writeln!(std::io::stderr(), "migctl: {place}"),
-        };
+        let Some(at) = tickets.iter().position(|ticket| ticket.holder.owner == Some(owner)) else { continue };
+        let limit_ms = tickets[at].until_boot_ms.saturating_sub(tickets[at].since_boot_ms);
+        let limit = request::format_wait(u32::try_from(limit_ms / 1000).unwrap_or(u32::MAX));
+        let (place, of, waited) = (at + 1, tickets.len(), begun.elapsed().as_secs());
+        let line = format!("waits in line, place {place} of {of}, at most {limit}: {waited}s");
+        let _ = write!(std::io::stderr(), "\r\x1b[Kmigctl: {line}");
         told = true;
     }
-    if told && terminal {
+    if told {
         let _ = write!(std::io::stderr(), "\r\x1b[K");
     }
 }

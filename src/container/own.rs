@@ -67,13 +67,14 @@ impl Own {
         File::options().write(true).open(&file).map_err(failed(format!("open {}", file.display())))
     }
 
-    /// Takes it away. `false`: a process or a cgroup is still in it. One that has gone is no error.
+    /// Takes it away, with what its processes have made in it. `false`: a process is still in it. One that has gone is no error.
     pub fn remove(&self) -> Result<bool, ContainerError> {
         remove_directory(&self.dir())
     }
 }
 
-/// Takes away an [`Own::make`] cgroup that was left behind, by its [`Own::path`]. `false`: a process or a cgroup is still in it.
+/// Takes away an [`Own::make`] cgroup that was left behind, by its [`Own::path`], with what its processes have made in it.
+/// `false`: a process is still in it.
 /// One that has gone is no error, one with a name that is not ours is.
 pub fn remove(path: &str) -> Result<bool, ContainerError> {
     let place = named(&mountinfo()?, Path::new(path))?;
@@ -105,6 +106,21 @@ fn remove_empty(dir: &Path) {
     let _ = fs::remove_dir(dir);
 }
 
+/// A cgroup as it stands in the /proc/PID/cgroup of its processes, or the end of that. `name`: the same, or its directory.
+pub fn path_of(name: &str) -> Result<String, ContainerError> {
+    path_of_named(&mountinfo()?, Path::new(name))
+}
+
+fn path_of_named(mountinfo: &str, name: &Path) -> Result<String, ContainerError> {
+    let path: PathBuf = name.components().collect();
+    let (_, mounts) = hierarchy(mountinfo);
+    let is_directory = mounts.iter().any(|mount| first(&mount.at) == first(&path));
+    match plain(&path).filter(|text| !is_directory && *text != "/") {
+        Some(text) => Ok(text.to_owned()),
+        None => named(mountinfo, name).map(|place| place.path()),
+    }
+}
+
 /// Whether there is a cgroup of that path in any hierarchy: slurmd makes its own in that of the device rules with its first
 /// job only (seen with 22.05), in v1's freezer at its start.
 pub fn is_cgroup(path: &str) -> bool {
@@ -114,6 +130,12 @@ pub fn is_cgroup(path: &str) -> bool {
 }
 
 fn remove_directory(dir: &Path) -> Result<bool, ContainerError> {
+    let below = fs::read_dir(dir).into_iter().flatten().flatten();
+    for inner in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        if !remove_directory(&inner.path())? {
+            return Ok(false);
+        }
+    }
     match fs::remove_dir(dir) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
@@ -126,8 +148,7 @@ fn remove_directory(dir: &Path) -> Result<bool, ContainerError> {
 fn named(mountinfo: &str, path: &Path) -> Result<Place, ContainerError> {
     let path: PathBuf = path.components().collect(); // without what means nothing, as a slash at the end
     let shown = path.display();
-    let plain = |part: Component| matches!(part, Component::RootDir | Component::Normal(_));
-    let Some(text) = path.to_str().filter(|_| path.is_absolute() && path.components().all(plain)) else {
+    let Some(text) = plain(&path) else {
         return Err(refused(format!("{shown} names no cgroup: it must begin with / and have no .. in it")));
     };
     let (version, mounts) = hierarchy(mountinfo);
@@ -149,6 +170,12 @@ fn named(mountinfo: &str, path: &Path) -> Result<Place, ContainerError> {
         true => Err(refused(format!("{shown} is the whole cgroup tree, not one cgroup in it"))),
         false => Ok(found),
     }
+}
+
+/// The text of an absolute path without `..`.
+fn plain(path: &Path) -> Option<&str> {
+    let named = |part: Component| matches!(part, Component::RootDir | Component::Normal(_));
+    path.to_str().filter(|_| path.is_absolute() && path.components().all(named))
 }
 
 fn first(path: &Path) -> Option<Component<'_>> {
@@ -190,6 +217,19 @@ mod tests {
         let there = Ok(("/pod/a/b".into(), "/sys/fs/cgroup/a/b".into()));
         for name in ["/pod/a/b", "/sys/fs/cgroup/a/b", "//pod/a/./b"] {
             assert_eq!(found(PART, name), there, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_cgroup_of_a_job_may_be_named_by_the_end_of_its_path_too() {
+        let path = |mounts: &str, name: &str| path_of_named(mounts, Path::new(name)).map_err(|error| error.to_string());
+        for name in ["/pbs/job_15", "/pbs/job_15/", "/sys/fs/cgroup/devices/pbs/job_15"] {
+            assert_eq!(path(V1, name), Ok("/pbs/job_15".into()), "{name}");
+        }
+        assert_eq!(path(PART, "/job_15"), Ok("/job_15".into()), "the end of /pod/…/job_15");
+        assert_eq!(path("", "/job_15"), Ok("/job_15".into()));
+        for name in ["", "/", "//", "job_15", "/a/../b", "/sys/fs/cgroup/memory/job_15", "/sys/fs/cgroup/devices"] {
+            assert!(path(V1, name).is_err(), "{name:?}");
         }
     }
 
@@ -268,12 +308,15 @@ mod tests {
         let Some(own) = own("left") else { return };
         let theirs = Own::at(Path::new(&format!("{}/theirs/inner", own.path()))).unwrap();
         assert!(theirs.dir().join("cgroup.procs").exists());
-        assert!(!remove(&own.path()).unwrap(), "a cgroup is in it");
         let error = remove(&theirs.path()).unwrap_err().to_string();
         assert!(error.contains("is left to whoever made it"), "{error}");
-        assert!(Own::at(&theirs.dir()).unwrap().remove().unwrap(), "made already, and named by its directory");
-        fs::remove_dir(theirs.dir().parent().unwrap()).unwrap();
-        assert!(remove(&own.path()).unwrap() && !own.dir().exists());
+        let mut sleep = Command::new("/bin/sleep");
+        let theirs = Own::at(&theirs.dir()).expect("made already, and named by its directory");
+        let mut child = handover::in_cgroup(sleep.arg("60"), theirs.procs().unwrap()).spawn().unwrap();
+        assert!(!remove(&own.path()).unwrap() && theirs.dir().exists(), "a process is further below");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(remove(&own.path()).unwrap() && !own.dir().exists(), "with what was made in it");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::edits;
 use crate::gpu::MigMode;
 use crate::host::{self, ProcessId};
 use crate::job::{self, Key, Node, Public};
-use crate::lease::{Holder, Init, Lease, State, VERSION};
+use crate::lease::{Holder, Init, Lease, State, VERSION, Verdict};
 use crate::request::Request;
 use crate::store::{Lock, Store, StoreError};
 
@@ -24,18 +24,18 @@ const LAST_PROCESS_LIMIT: Duration = Duration::from_secs(10);
 const LAST_PROCESS_PAUSE: Duration = Duration::from_millis(300);
 
 impl Engine<'_> {
-    /// Records the process that a command became, and its cgroup.
+    /// Records the process that runs a command, and the cgroup that the command is to have.
     ///
     /// # Errors
     /// [`Failure::Stale`] when the lease has gone meanwhile.
-    pub fn attach(&self, token: &str, init: ProcessId, cgroup: Option<&str>) -> Result<(), Failure> {
-        let lock = self.store.lock(BIND_LOCK_WAIT)?;
+    pub fn attach(&self, token: &str, init: ProcessId, cgroup: &str) -> Result<(), Failure> {
+        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
         let lease = self.store.get::<Lease>(token, VERSION)?.filter(|lease| lease.state == State::Active);
         let Some(mut lease) = lease.filter(|_| !self.store.announced(token)) else {
             return Err(Failure::Stale(format!("lease {token} was freed before its command was started")));
         };
         lease.holder.init = Some(init);
-        lease.holder.cgroup = cgroup.map(str::to_owned);
+        lease.holder.cgroup = Some(cgroup.to_owned());
         Ok(self.store.put(&lock, token, &lease)?)
     }
 
@@ -49,7 +49,8 @@ impl Engine<'_> {
     /// A job that is alive keeps what it has; one of the same key that is not is another one, and its slices are freed.
     ///
     /// # Errors
-    /// As [`Engine::acquire`]. What it is refused for is public then, where that could be written.
+    /// As [`Engine::acquire`]. What it is refused for is public then, where that could be written. [`Failure::Stale`] while
+    /// another job of that key is alive, whose slices stay public.
     pub fn start_job(
         &self,
         key: &Key,
@@ -59,14 +60,24 @@ impl Engine<'_> {
         confine: Option<&Path>,
     ) -> Result<Public, Failure> {
         let uid = holder.uid.unwrap_or_default();
-        let lease = self.give_to_job(key, request, holder).and_then(|lease| {
+        if let Some(lease) = self.lease_of_living(key)? {
+            let theirs = lease.holder.uid.unwrap_or_default();
+            if theirs == uid && Public::granted(key, uid, &lease, vec![]).meets(request) {
+                return self.tell_job(key, gid, uid, &lease, confine);
+            }
+            let has = lease.profiles();
+            return Err(Failure::Stale(format!(
+                "another job {key}, of uid {theirs} and with {has}, is still running here; if it is not: migctl job end --key {key}"
+            )));
+        }
+        let given = self.give_to_job(key, request, holder).and_then(|lease| {
             let told = self.tell_job(key, gid, uid, &lease, confine);
             told.map_err(|failure| self.take_from_job(&lease, failure))
         });
-        if let Err(failure) = &lease {
+        if let Err(failure) = &given {
             self.refuse_job(key, gid, uid, &failure.to_string());
         }
-        lease
+        given
     }
 
     /// Lets a job know that it has got nothing, and why.
@@ -76,20 +87,18 @@ impl Engine<'_> {
         }
     }
 
+    /// What a job has that is alive, or of which nobody could see whether it is.
+    fn lease_of_living(&self, key: &Key) -> Result<Option<Lease>, Failure> {
+        let is_alive = |lease: &Lease| {
+            let (lease, _, verdict) = self.examine(lease.clone());
+            let is_seen = || !lease.holder.is_observable() || self.facts(&lease).init == Init::Alive;
+            lease.state == State::Active && matches!(verdict, Verdict::Keep(_)) && is_seen()
+        };
+        Ok(self.leases_of_job(key)?.into_iter().find(is_alive))
+    }
+
     fn give_to_job(&self, key: &Key, request: &Request, holder: &Holder) -> Result<Lease, Failure> {
         for old in self.leases_of_job(key)? {
-            let (old, _, _) = self.examine(old);
-            let alive = old.state == State::Active && self.facts(&old).init == Init::Alive;
-            let uid = old.holder.uid.unwrap_or_default();
-            if alive && old.holder.uid == holder.uid && Public::granted(key, uid, &old, vec![]).meets(request) {
-                return Ok(old);
-            }
-            if alive {
-                let has = old.profiles();
-                return Err(Failure::Stale(format!(
-                    "another job {key}, of uid {uid} and with {has}, is still running here"
-                )));
-            }
             self.release(&old.token, None, "another job of the same number has begun")?;
         }
         let holder = Holder { job: Some(key.to_string()), ..holder.clone() };

@@ -6,7 +6,10 @@
 //! marks those whose turn it is; the others find that and go back to sleep.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::gpu::{Device, MigMode};
 use crate::handover;
@@ -89,7 +92,9 @@ impl Engine<'_> {
         holder: &Holder,
         cancel: Option<File>,
     ) -> Result<Lease, Failure> {
-        let Some(limit) = self.longest_wait(request, holder.way) else { return self.acquire_at_once(request, holder) };
+        let Some(limit) = self.longest_wait(request, holder.way) else {
+            return self.acquire_at_once(request, holder, cancel.as_ref());
+        };
         let (lock, look) = self.lock_and_look(None)?;
         self.store.begin_boot(&lock, &host::boot_id()?)?;
         self.reap(&lock)?;
@@ -519,6 +524,13 @@ fn barrier_sentence(ticket: &Ticket) -> String {
         format_wait(waited.max(1)),
         format_alternatives(&ticket.request.alternatives)
     )
+}
+
+/// Lets that time go by, or less where it is cancelled meanwhile.
+pub(super) fn is_cancelled_within(time: Duration, cancel: Option<&File>) -> bool {
+    let mut polled: Vec<PollFd> = cancel.iter().map(|cancel| PollFd::new(cancel.as_fd(), PollFlags::POLLIN)).collect();
+    let limit = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+    poll(&mut polled, limit).is_ok_and(|readable| readable > 0)
 }
 
 /// The process that waits for us, as long as it is our parent.

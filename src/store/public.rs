@@ -41,9 +41,14 @@ impl Store {
         self.unlink(lock, &self.publication(key))
     }
 
-    /// What is public of a job; `None` where there is nothing.
+    /// What is public of a job; `None` where there is nothing. An error where it is not for who asks.
     pub fn published<T: DeserializeOwned>(&self, key: &str, version: u64) -> Result<Option<T>, StoreError> {
-        read_json(&self.publication(key), version)
+        let path = self.publication(key);
+        match read_json(&path, version) {
+            // Nothing is public yet, and the directory closed.
+            Err(StoreError::NotRoot { .. }) if path.symlink_metadata().is_err() => Ok(None),
+            record => record,
+        }
     }
 
     /// Milliseconds for which it has been there.
