@@ -29,6 +29,8 @@ mod export;
 mod gc;
 #[path = "verbs/history.rs"]
 mod history;
+#[path = "verbs/job.rs"]
+mod job;
 #[path = "verbs/leases.rs"]
 mod leases;
 #[path = "verbs/list.rs"]
@@ -45,6 +47,8 @@ mod profiles;
 mod queue;
 #[path = "verbs/release.rs"]
 mod release;
+#[path = "verbs/run.rs"]
+mod run;
 #[path = "verbs/slurm.rs"]
 mod slurm;
 #[path = "verbs/top.rs"]

@@ -26,6 +26,7 @@ fn documents() -> BTreeMap<&'static str, Value> {
         ("configure", schema::<configure::Report>("configure")),
         ("doctor", schema::<doctor::Report>("doctor")),
         ("gc", schema::<gc::Report>("gc")),
+        ("job", schema::<job::Answer>("job")),
         ("history", schema::<history::History>("history")),
         ("leases", schema::<leases::Leases>("leases")),
         ("list", schema::<list::Listing>("list")),

@@ -9,10 +9,11 @@ use crate::common::{binaries, installed, run, skip, text};
 use crate::{faults, repository, stdout};
 
 /// Verbs without a document of ours.
-const NO_SCHEMA: [(&str, &str); 4] = [
+const NO_SCHEMA: [(&str, &str); 5] = [
     ("cdi", "prints a CDI spec, whose form is CDI's"),
     ("completions", "prints a shell's script"),
     ("metrics", "prints OpenMetrics text"),
+    ("run", "becomes another program, or prints a shell's commands"),
     ("export", "prints a config of mig-parted, whose form is mig-parted's"),
 ];
 
