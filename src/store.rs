@@ -104,7 +104,11 @@ impl Store {
             }
         }
         let meta = dir.metadata().map_err(io_error("read", dir))?;
-        if meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o066 != 0 {
+        let user = nix::unistd::geteuid();
+        if meta.uid() == 0 && !user.is_root() {
+            return Err(io_error("use", dir)(io::ErrorKind::PermissionDenied.into())); // what is public made it enterable
+        }
+        if meta.uid() != user.as_raw() || meta.mode() & 0o066 != 0 {
             let mode = meta.mode() & 0o7777;
             return Err(StoreError::Unsafe { path: dir.display().to_string(), uid: meta.uid(), mode });
         }
@@ -118,7 +122,7 @@ impl Store {
 
     /// An existing directory, to read from. `None` where there is no state yet; an error where we may not look.
     pub fn existing(dir: &Path) -> Result<Option<Store>, StoreError> {
-        match dir.join("leases").metadata() {
+        match fs::read_dir(dir.join("leases")) {
             Ok(_) => Ok(Some(Store { dir: dir.to_owned() })),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error("look at", dir)(e)),

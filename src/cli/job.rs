@@ -15,7 +15,7 @@ use crate::gpu::nvml::Nvml;
 use crate::host;
 use crate::job::{self, Key, Node, Part, Public};
 use crate::lease::{Holder, Way};
-use crate::report::{Exit, Misused};
+use crate::report::{Exit, Misused, Refused};
 use crate::request;
 
 /// Arguments of `migctl job`.
@@ -62,7 +62,8 @@ struct Start {
     /// On this GPU: index, UUID or PCI address
     #[arg(long, value_name = "GPU")]
     gpu: Option<String>,
-    /// Keep its processes from opening other slices: --cgroup is made where it is missing, and gets device rules
+    /// Keep its processes from opening other slices: --cgroup, named whole, is made where it is missing, and gets device
+    /// rules [default: jobs.confine of the settings]
     #[arg(long, requires = "cgroup")]
     confine: bool,
     /// What it shall have: 1g.10gb, 2x1g.10gb,3g.40gb, 2g.20gb|1g.20gb, 8GiB, MIG-…
@@ -149,6 +150,10 @@ fn start(settings: &Settings, args: &Start, json: bool) -> Result<Exit> {
         Some(None) => bail!(Misused("the process that --pid names is not there".into())),
         named => named.flatten(),
     };
+    let confine = args.cgroup.as_deref().filter(|_| args.confine || settings.confine);
+    if settings.confine && confine.is_none() {
+        bail!(Refused("jobs.confine is set: name the cgroup of the job with --cgroup".into()));
+    }
     let mut request = request::typed(&args.request, args.gpu.as_deref())?;
     request.wait_s = args.wait.or_else(|| waiting(settings));
     let holder = Holder {
@@ -160,7 +165,6 @@ fn start(settings: &Settings, args: &Start, json: bool) -> Result<Exit> {
     };
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
-    let confine = args.cgroup.as_deref().filter(|_| args.confine || settings.confine);
     let public = engine.start_job(&args.key, gid, &request, &holder, confine.map(Path::new))?;
     super::print(&Answer::of(public), json, |answer| lines(&answer.environment, Format::Shell))?;
     Ok(Exit::Ok)

@@ -95,7 +95,7 @@ fn settings(config: Option<&Path>) -> (Settings, Option<ConfigError>) {
             (Settings { state_dir, ..Settings::default() }, Some(error))
         }
     };
-    report::start_logging(&settings, true);
+    report::start_logging(&settings, false);
     (settings, broken)
 }
 

@@ -77,10 +77,12 @@ impl Store {
             return Err(io_error("create", &path)(io::ErrorKind::InvalidFilename.into()));
         }
         match DirBuilder::new().mode(0o700).create(&path) {
-            // Its parent is ours: nobody else can have put anything else there.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.and_then(|()| chown(&path, Some(uid), Some(gid))).map_err(io_error("create", &path))?,
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io_error("create", &path)(e)),
+            _ => {}
         }
+        // Its parent is ours: nobody else can have put anything else there. One that is there may be of a run that was
+        // killed, or of a user who had that name before.
+        chown(&path, Some(uid), Some(gid)).map_err(io_error("give away", &path))?;
         Ok(path)
     }
 
@@ -143,6 +145,8 @@ mod tests {
         assert_eq!(store.runtime_root("alice", 4711, 4712).unwrap(), path);
         let meta = path.symlink_metadata().unwrap();
         assert_eq!((meta.mode() & 0o777, meta.uid(), meta.gid()), (0o700, 4711, 4712));
+        store.runtime_root("alice", 4713, 4712).unwrap();
+        assert_eq!(path.symlink_metadata().unwrap().uid(), 4713, "another one of that name");
         assert!(store.runtime_root("../x", 4711, 4712).is_err());
     }
 }

@@ -18,8 +18,10 @@ use super::Job;
 
 pub(super) fn run(settings: &Settings, broken: Option<ConfigError>) -> Result<()> {
     let job = Job::of_environment()?;
-    // Also a job that asks for no slice may have a step in a container.
-    Store::open(&settings.state_dir)?.runtime_root(&super::variable("SLURM_JOB_USER")?, job.uid, job.gid)?;
+    // Also a job that asks for no slice may have a step in a container. Only such a step is in want of it.
+    if let Err(error) = runtime_root(settings, &job) {
+        tracing::error!("job {}: its steps can't run in containers: {}", job.key, report::sentence(&error));
+    }
     let comment = std::env::var("SLURM_JOB_COMMENT").unwrap_or_default();
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
@@ -30,11 +32,11 @@ pub(super) fn run(settings: &Settings, broken: Option<ConfigError>) -> Result<()
         container::remove_job(cgroup);
     }
     let Some(asked) = slurm::request_in(&comment) else {
-        engine.end_job(&job.key).context("what an earlier job of the same number had is not free")?;
-        return match settings.confine {
-            true => confine_nothing(&engine, cgroup.as_deref()).inspect_err(|error| refuse(&report::sentence(error))),
-            false => Ok(()),
-        };
+        let earlier = engine.end_job(&job.key).context("what an earlier job of the same number had is not free");
+        if settings.confine {
+            confine_nothing(&engine, cgroup.as_deref()).inspect_err(|error| refuse(&report::sentence(error)))?;
+        }
+        return earlier.map(drop);
     };
     let request = match (typed(settings, asked), broken) {
         (Ok(request), None) => request,
@@ -57,6 +59,12 @@ pub(super) fn run(settings: &Settings, broken: Option<ConfigError>) -> Result<()
     engine
         .start_job(&job.key, job.gid, &request, &holder, confine.map(Path::new))
         .with_context(|| format!("job {}", job.key))?;
+    Ok(())
+}
+
+fn runtime_root(settings: &Settings, job: &Job) -> Result<()> {
+    let user = super::variable("SLURM_JOB_USER")?;
+    Store::open(&settings.state_dir)?.runtime_root(&user, job.uid, job.gid)?;
     Ok(())
 }
 
