@@ -616,9 +616,9 @@ fn an_end_may_come_twice_and_for_what_never_was() {
 
 #[test]
 fn while_a_process_has_it_open_the_slice_is_nobodys() {
-    // A device number that no other test here has: this process opens it, and that is seen from there, too.
-    let world = site(&[A30, A30, A30]);
-    let token = started(&world, KEY, USER, &["--sign", SIGN, "--gpu", "2", "1g.6gb"])["token"].clone();
+    // Where no other test has a slice: a device is known by its numbers, and simulated machines have the same.
+    let world = site(&[A30; 8]);
+    let token = started(&world, KEY, USER, &["--sign", SIGN, "--gpu", "7", "1g.6gb"])["token"].clone();
     let minor = world.lease()["slices"][0]["gi_minor"].clone();
     let node = world.path(&format!("m/dev/nvidia-caps/nvidia-cap{minor}"));
     if !node.exists() {
