@@ -396,6 +396,91 @@ fn adopt_killed_at_every_call_leaves_a_record_or_none() {
     assert!((30..MANY - 1).contains(&calls), "killed at {calls} calls only");
 }
 
+// ---- commands and jobs ----
+
+const JOB: &str = "batch:1";
+
+impl Stage {
+    fn start_job(&self) -> Output {
+        let sign = "no such process";
+        self.migctl(&["job", "start", "--key", JOB, "--uid", "4711", "--gid", "4711", "--sign", sign, "2g.12gb"])
+    }
+
+    fn end_job(&self) -> Output {
+        self.migctl(&["job", "end", "--key", JOB])
+    }
+
+    /// Neither a lease nor an instance, nor a file or a cgroup of any lease that there ever was.
+    fn assert_no_trace(&self, when: &str) {
+        self.assert_nothing_left(when);
+        for dir in ["holders", "intents", "public"] {
+            let entries = std::fs::read_dir(self.world.path("state").join(dir)).into_iter().flatten();
+            // The temporary file of a killed writer is the next one's.
+            let left: Vec<_> =
+                entries.map(|e| e.unwrap().path()).filter(|path| !path.ends_with(".write.tmp")).collect();
+            assert!(left.is_empty(), "{when}: {left:?}");
+        }
+        for token in self.world.audit().iter().filter_map(|line| line["token"].as_str()) {
+            let cgroup = format!("mig-hook-{token}");
+            let hierarchies =
+                ["", "devices", "unified"].map(|name| Path::new("/sys/fs/cgroup").join(name).join(&cgroup));
+            assert!(!hierarchies.iter().any(|dir| dir.exists()), "{when}: {cgroup}");
+        }
+    }
+
+    /// What a batch system may expect of the node: that its job can be started again, and ended.
+    fn assert_serves_the_job(&self, when: &str) {
+        let output = self.start_job();
+        assert!(output.status.success(), "start {when}: {}", text(&output));
+        let leases = self.world.assert_consistent(&self.foreign, when);
+        assert_eq!((leases.len(), &leases[0]["state"]), (1, &json!("active")), "{when}");
+        let public = common::document(&self.world.path(&format!("state/public/{JOB}.json")));
+        assert_eq!(public["token"], leases[0]["token"], "{when}");
+        let output = self.end_job();
+        assert!(output.status.success(), "end {when}: {}", text(&output));
+        self.assert_no_trace(when);
+    }
+}
+
+#[test]
+fn run_killed_at_every_call_leaves_nothing() {
+    let stage = Stage::new(Way::Podman);
+    let nothing_left = |(): &(), when: &str| {
+        stage.gc(when);
+        stage.assert_no_trace(when);
+    };
+    stage.at_every_call(100, || (), |()| stage.migctl(&["run", "2g.12gb", "--", "true"]), nothing_left);
+    stage.assert_no_trace("at the end");
+}
+
+#[test]
+fn the_start_of_a_job_killed_at_every_call_is_made_good_by_the_next() {
+    let stage = Stage::new(Way::Podman);
+    let check = |(): &(), when: &str| {
+        stage.gc(when);
+        // Whole, for a job that may be about to begin, or gone.
+        let leases = stage.world.assert_consistent(&stage.foreign, when);
+        assert!(leases.iter().all(|lease| lease["state"] == "active") && leases.len() <= 1, "{when}: {leases:#?}");
+        stage.assert_serves_the_job(when);
+    };
+    stage.at_every_call(60, || assert!(stage.end_job().status.success()), |()| stage.start_job(), check);
+}
+
+#[test]
+fn the_end_of_a_job_killed_at_every_call_leaves_nothing() {
+    let stage = Stage::new(Way::Podman);
+    stage.at_every_call(
+        60,
+        || assert!(stage.start_job().status.success()),
+        |()| stage.end_job(),
+        |(), when| {
+            stage.gc(when);
+            stage.assert_no_trace(when);
+        },
+    );
+    stage.assert_serves_the_job("at the end");
+}
+
 // ---- steps in the file system ----
 
 /// strace's words for a kill at the `nth` of these system calls: everywhere, or on one path only.
@@ -418,7 +503,7 @@ fn has_strace(what: &str) -> bool {
     works
 }
 
-/// `act` killed at every rename and removal of anybody, and at every call on the store's temporary file. `act` gets the
+/// `mig-hook` killed at every rename and removal of anybody, and at every call on the store's temporary file. `act` gets the
 /// words that start it under strace.
 fn at_every_file_step<T>(
     stage: &Stage,
@@ -428,17 +513,27 @@ fn at_every_file_step<T>(
     check: impl Fn(&T, &str),
 ) {
     let temporary = stage.world.path("state/.write.tmp");
+    let on_temporary = ["openat", "write"].map(|call| (call, Some(temporary.as_path())));
+    let steps = [&[("rename", None), ("unlink", None)], &on_temporary[..]].concat();
+    at_every_step(stage, "mig-hook", &steps, least, prepare, act, check);
+}
+
+/// The same for another program of ours, at these system calls: each everywhere, or on one path only.
+fn at_every_step<T>(
+    stage: &Stage,
+    program: &str,
+    calls: &[(&str, Option<&Path>)],
+    least: usize,
+    prepare: impl Fn() -> T,
+    act: impl Fn(&T, &mut Command) -> Output,
+    check: impl Fn(&T, &str),
+) {
     let mut steps = 0;
-    for (call, path) in [
-        ("rename", None),
-        ("unlink", None),
-        ("openat", Some(temporary.as_path())),
-        ("write", Some(temporary.as_path())),
-    ] {
+    for (call, path) in calls {
         for nth in 1..MANY {
             let prepared = prepare();
             let mut command = Command::new("strace");
-            command.args(strace(call, path, nth)).arg(binaries().join("mig-hook")).arg("--config");
+            command.args(strace(call, *path, nth)).arg(binaries().join(program)).arg("--config");
             let output = act(&prepared, command.arg(stage.world.config()));
             let when = format!("after a kill at {call} {nth}");
             assert!(is_killed(&output) || output.status.success(), "{when}: {}", text(&output));
@@ -470,6 +565,73 @@ fn precreate_killed_at_every_step_in_the_file_system_leaves_nothing() {
         },
     );
     stage.assert_serves_the_next("at the end");
+}
+
+/// What migctl does for commands and jobs.
+const CHANGES: [(&str, Option<&Path>); 7] = [
+    ("rename", None),
+    ("unlink", None),
+    ("mkdir", None),
+    ("mkdirat", None),
+    ("rmdir", None),
+    ("lchown", None),
+    ("fchmod", None),
+];
+
+#[test]
+fn run_killed_at_every_step_in_the_file_system_leaves_nothing() {
+    if !has_strace("kills in the file system at run") {
+        return;
+    }
+    let stage = Stage::new(Way::Podman);
+    at_every_step(
+        &stage,
+        "migctl",
+        &CHANGES,
+        20,
+        || (),
+        |(), command| run(command.args(["run", "2g.12gb", "--", "/bin/true"])),
+        |(), when| {
+            stage.gc(when);
+            stage.assert_no_trace(when);
+        },
+    );
+}
+
+#[test]
+fn a_job_killed_at_every_step_in_the_file_system_is_made_good_by_the_next_start_and_end() {
+    if !has_strace("kills in the file system at job start and job end") {
+        return;
+    }
+    let stage = Stage::new(Way::Podman);
+    let job = ["--key", JOB, "--uid", "4711", "--gid", "4711", "--sign", "no such process", "2g.12gb"];
+    at_every_step(
+        &stage,
+        "migctl",
+        &CHANGES,
+        15,
+        || assert!(stage.end_job().status.success()),
+        |(), command| run(command.args(["job", "start"]).args(job)),
+        |(), when| {
+            stage.gc(when);
+            stage.assert_serves_the_job(when);
+        },
+    );
+    at_every_step(
+        &stage,
+        "migctl",
+        &CHANGES,
+        8,
+        || assert!(stage.start_job().status.success()),
+        |(), command| run(command.args(["job", "end", "--key", JOB])),
+        |(), when| {
+            stage.gc(when);
+            // Killed before it said anything, it never came.
+            let again = stage.end_job();
+            assert!(again.status.success(), "end {when}: {}", text(&again));
+            stage.assert_no_trace(when);
+        },
+    );
 }
 
 /// poststop killed at every step; `check` after one `migctl gc`.
