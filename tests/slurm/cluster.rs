@@ -196,15 +196,15 @@ impl Cluster {
         end(self.nodes[node].slurmd.take().expect("it runs"), signal);
     }
 
-    /// Kills slurmstepd of a job, its child that holds the job together, and nothing of the job itself.
-    pub fn kill_stepds(&self, job: &str) {
-        let title = format!("slurmstepd: [{job}.");
-        let is_it =
-            |pid: &u32| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|l| l.starts_with(title.as_bytes()));
-        let all = Path::new("/proc").read_dir().unwrap().flatten();
-        let found: Vec<u32> = all.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(is_it).collect();
-        assert!(!found.is_empty(), "no {title}…");
-        kill(&found.iter().map(u32::to_string).collect::<Vec<_>>());
+    /// Kills slurmstepd of every job, and nothing of the jobs themselves.
+    pub fn kill_stepds(&self) {
+        let is_it = |pid: &String| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name.trim() == "slurmstepd"
+        };
+        let found: Vec<String> = self.nodes.iter().flat_map(Node::processes).filter(is_it).collect();
+        assert!(!found.is_empty(), "no slurmstepd in {:?}", self.nodes[0].processes());
+        kill(&found);
     }
 
     /// Kills every process of every job.
@@ -231,13 +231,6 @@ impl Cluster {
     /// What a command of Slurm's by our user prints that must succeed.
     pub fn out(&self, program: &str, args: &[&str]) -> String {
         let output = self.run(program, args);
-        assert!(output.status.success(), "{program} {args:?}: {}\n{}", text(&output), self.logs());
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// A command of Slurm's by root that must succeed.
-    pub fn admin(&self, program: &str, args: &[&str]) -> String {
-        let output = run(Command::new(program).args(args).env("SLURM_CONF", self.conf()));
         assert!(output.status.success(), "{program} {args:?}: {}\n{}", text(&output), self.logs());
         String::from_utf8(output.stdout).unwrap()
     }

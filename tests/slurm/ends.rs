@@ -258,10 +258,9 @@ fn cancelled_during_its_prolog() {
 #[ignore = "slow: Slurm notices after five minutes"]
 fn slurmstepd_is_killed() {
     let cluster = Cluster::new(SMALL);
-    let job = cluster.batch(&["--gres=mig:1g.10gb", "--no-requeue"], &format!("echo $$ > pid; {HOLD}"));
+    holding(&cluster, &["--no-requeue"], "1g.10gb");
     let token = cluster.wait_leases(1)[0]["token"].clone();
-    cluster.wait_for_file("pid");
-    cluster.kill_stepds(&job);
+    cluster.kill_stepds();
     for _ in 0..5 {
         migctl(&cluster, &["gc"]);
         std::thread::sleep(Duration::from_secs(1));
@@ -274,9 +273,9 @@ fn slurmstepd_is_killed() {
 #[ignore = "slow: the node is given up after its SlurmdTimeout"]
 fn the_node_comes_back_without_its_job() {
     let cluster = Cluster::with(SMALL, "SlurmdTimeout=30", "");
-    let job = holding(&cluster, &["--no-requeue"], "1g.10gb");
+    holding(&cluster, &["--no-requeue"], "1g.10gb");
     cluster.end_slurmd(0, "KILL");
-    cluster.kill_stepds(&job);
+    cluster.kill_stepds();
     cluster.kill_jobs();
     wait_for("gc to free it", SOON, || {
         migctl(&cluster, &["gc"]);
