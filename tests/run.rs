@@ -213,6 +213,7 @@ fn what_cannot_be_given_starts_nothing() {
     }
     assert!(!world.path("begun").exists());
     drop(holder);
+    assert_nothing_left_for_gc(&world, "in the end");
 }
 
 #[test]
