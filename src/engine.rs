@@ -157,6 +157,18 @@ pub struct Action {
     pub result: &'static str,
     /// In words.
     pub reason: String,
+    /// Milliseconds since 1970 when the end of its holder was noticed.
+    #[serde(skip)]
+    ended_ms: Option<u64>,
+}
+
+impl Action {
+    /// Whether it is worth to look again in a moment: its holder has just ended. What a process has left behind keeps open may
+    /// stay so for days.
+    fn may_soon_be_free(&self) -> bool {
+        let is_new = |ended| Duration::from_millis(host::wall_ms().saturating_sub(ended)) < BUSY_LIMIT;
+        self.result == "busy" && self.ended_ms.is_some_and(is_new)
+    }
 }
 
 /// Leases on one machine's GPUs.
@@ -221,7 +233,7 @@ impl<'a> Engine<'a> {
         loop {
             let (lock, look) = self.lock_and_look(None)?;
             self.store.begin_boot(&lock, &host::boot_id()?)?;
-            let busy = self.reap(&lock)?.iter().any(|action| action.result == "busy");
+            let busy = self.reap(&lock)?.iter().any(Action::may_soon_be_free);
             match self.acquire_locked(&lock, request, holder, look) {
                 // What ended a moment ago may be about to make room: the driver lets go a little later.
                 Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
@@ -812,6 +824,7 @@ fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {
         holder: lease.held_by(),
         result,
         reason: reason.to_owned(),
+        ended_ms: lease.ended_ms,
     }
 }
 

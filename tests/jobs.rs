@@ -117,6 +117,9 @@ fn up_for_long(what: &str) -> bool {
 
 // ---- a batch system's cgroups ----
 
+/// Where cgroup v1 has device rules.
+const V1: &str = "/sys/fs/cgroup/devices";
+
 /// A cgroup as a batch system makes one for a job, below the one in which this process is.
 struct Cgroup(Own);
 
@@ -154,8 +157,8 @@ fn own_cgroup() -> PathBuf {
         let mut lines = text.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
         lines.find(|f| wanted(f[1])).map(|f| f[2].trim_start_matches('/').to_owned())
     };
-    match Path::new("/sys/fs/cgroup/devices").is_dir() {
-        true => Path::new("/sys/fs/cgroup/devices").join(path(|name| name == "devices").unwrap()),
+    match Path::new(V1).is_dir() {
+        true => Path::new(V1).join(path(|name| name == "devices").unwrap()),
         false => Path::new("/sys/fs/cgroup").join(path(str::is_empty).unwrap()),
     }
 }
@@ -713,9 +716,15 @@ fn a_confined_job_opens_its_own_slices_and_no_other() {
 #[test]
 fn a_job_that_cannot_be_confined_gets_nothing() {
     let world = site(&[A30]);
-    let output = start(&world, KEY, USER, &["--cgroup", "/sys/fs/cgroup/memory/job", "--confine", "1g.6gb"]);
-    assert_ne!(code(&output), 0);
-    assert_nothing_left(&world, "after a refusal");
+    if Path::new(V1).is_dir() {
+        // Of another hierarchy.
+        let output = start(&world, KEY, USER, &["--cgroup", "/sys/fs/cgroup/memory/job", "--confine", "1g.6gb"]);
+        assert!(
+            code(&output) == 64 && text(&output).contains("is not below /sys/fs/cgroup/devices"),
+            "{}",
+            text(&output)
+        );
+    }
     let Some(cgroup) = Cgroup::new("a_job_that_cannot_be_confined_gets_nothing") else { return };
     // A file of the kernel's is in the place of its cgroup.
     let no_cgroup = format!("{}/cgroup.procs/job", cgroup.path());
@@ -938,14 +947,16 @@ fn a_prolog_waits_as_long_as_the_settings_say() {
 #[test]
 fn the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away() {
     let test = "the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away";
-    // As slurmd of cgroup v1 has it, at the top.
-    let top = Path::new("/sys/fs/cgroup/devices");
+    // As slurmd has it: at the top on cgroup v1, in the scope of slurmstepd on v2.
     let node = format!("mig-test-{}", std::process::id());
-    let slurm = top.join(format!("slurm_{node}"));
-    if std::fs::create_dir(&slurm).is_err() {
-        return skip(test, "no cgroup v1 with device rules can be made here");
+    let (mount, path, of_job) = match Path::new(V1).is_dir() {
+        true => (V1, format!("/slurm_{node}"), format!("uid_{USER}/job_15")),
+        false => ("/sys/fs/cgroup", format!("/system.slice/{node}_slurmstepd.scope"), "job_15".to_owned()),
+    };
+    let slurm = PathBuf::from(format!("{mount}{path}"));
+    if std::fs::create_dir_all(&slurm).is_err() {
+        return skip(test, "no cgroup can be made here");
     }
-    let gone = || std::fs::remove_dir(&slurm).unwrap();
     let world = site(&[A30, A30]);
     world.settings("[jobs]\nconfine = true");
     let called = |verb: &str, variables: &[(&str, &str)]| {
@@ -953,18 +964,18 @@ fn the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away() {
         let output = call(&world, 0, &["slurm", verb], &variables);
         assert_eq!((code(&output), text(&output).lines().count()), (0, 1), "{}", text(&output));
     };
-    let other = started(&world, "other", OTHER, &["--cgroup", &format!("/slurm_{node}/other"), "--gpu", "1", "1g.6gb"]);
+    let other = started(&world, "other", OTHER, &["--cgroup", &format!("{path}/other"), "--gpu", "1", "1g.6gb"]);
     let nodes = |answer: &Value| -> Vec<PathBuf> {
         let of = |node: &Value| world.path("m/dev").join(node["path"].as_str().unwrap());
         answer["nodes"].as_array().unwrap().iter().map(of).collect()
     };
     let here = [("SLURMD_NODENAME", node.as_str()), ("SLURM_JOB_COMMENT", "mig=1g.6gb")];
     called("prolog", &here);
-    let dir = slurm.join(format!("uid_{USER}/job_15"));
+    let dir = slurm.join(&of_job);
     let job = Cgroup(Own::at(&dir).unwrap());
     let record = public(&world, KEY).unwrap();
     let lease = world.leases().into_iter().find(|lease| lease["holder"]["job"] == KEY).unwrap();
-    assert_eq!(lease["holder"]["cgroup"], format!("/slurm_{node}/uid_{USER}/job_15"));
+    assert_eq!(lease["holder"]["cgroup"], format!("{path}/{of_job}"));
     if nodes(&record)[0].exists() {
         for node in nodes(&record) {
             assert_eq!(opens(&job, &node), "opens", "{}", node.display());
@@ -974,7 +985,8 @@ fn the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away() {
         }
     }
     called("epilog", &here);
-    assert!(!dir.exists() && !dir.parent().unwrap().exists(), "Slurm forgets what it has not made");
+    assert!(!dir.exists(), "Slurm forgets what it has not made");
+    assert!(dir.parent() == Some(&slurm) || !dir.parent().unwrap().exists(), "and its user's");
     // One that asks for nothing opens none.
     called("prolog", &here[..1]);
     for node in nodes(&other)
@@ -987,7 +999,8 @@ fn the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away() {
     assert!(!dir.exists());
     assert_eq!(code(&end(&world, "other")), 0);
     std::fs::remove_dir(slurm.join("other")).unwrap();
-    gone();
+    std::fs::remove_dir(&slurm).unwrap();
+    let _ = std::fs::remove_dir(slurm.parent().unwrap()); // stays where it is somebody's
     // No cgroup of slurmd's: no slice either.
     let log = slurmd(&world, "prolog", Some("mig=1g.6gb"));
     assert!(log.contains("jobs.confine is set, but slurmd has no cgroup here"), "{log}");

@@ -213,6 +213,7 @@ fn what_cannot_be_given_starts_nothing() {
     }
     assert!(!world.path("begun").exists());
     drop(holder);
+    assert_nothing_left_for_gc(&world, "in the end");
 }
 
 #[test]
@@ -514,8 +515,14 @@ const CLOSES_ALL: &str = "for fd in $(ls /proc/$$/fd); do eval \"exec $fd>&-\"; 
 fn what_a_command_leaves_behind_keeps_the_slice() {
     let world = World::new(&[A30]);
     let grandchild = outlived_by(&world, ":");
+    // What has ended long ago is no reason to be patient with a refusal.
+    world.edit_lease(world.lease()["token"].as_str().unwrap(), |lease| {
+        lease["ended_ms"] = json!(lease["ended_ms"].as_u64().unwrap() - 10_001);
+    });
+    let begun = Instant::now();
     let refused = world.migctl(&["run", "4g.24gb", "--", "true"]);
     assert!(refused.status.code() == Some(75) && text(&refused).contains("bash (process"), "{}", text(&refused));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert_kept_as_long_as(&world, grandchild, "left in a session of its own");
 }
 
