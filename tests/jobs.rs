@@ -127,7 +127,9 @@ impl Cgroup {
     /// `None`, and noted, where none can be made.
     fn new(what: &str) -> Option<Cgroup> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("batch_{}/job_{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        // Its end alone names it in one test: nothing else on this machine may be called so.
+        let us = std::process::id();
+        let name = format!("batch_{us}/job_{us}.{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let made = Own::at(&own_cgroup().join(name));
         made.inspect_err(|error| skip(what, &format!("no cgroup can be made here: {error}"))).ok().map(Cgroup)
     }
