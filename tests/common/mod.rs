@@ -224,12 +224,26 @@ fn sim() -> PathBuf {
 
 /// Runs to the end within the limit; the output is captured.
 pub fn run(command: &mut Command) -> Output {
-    finish(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), command)
+    finish(spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped())), command)
+}
+
+/// Starts a program that may just have been written: a child that another test is about to start has the file open for
+/// writing until it has become its own program (ETXTBSY).
+fn spawn(command: &mut Command) -> Child {
+    for _ in 0..100 {
+        match command.spawn() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            started => return started.unwrap(),
+        }
+    }
+    command.spawn().unwrap()
 }
 
 /// The same with a standard input. A child that doesn't read it is fine.
 pub fn feed(command: &mut Command, stdin: &[u8]) -> Output {
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
     let mut pipe = child.stdin.take().unwrap();
     let stdin = stdin.to_vec();
     std::thread::spawn(move || drop(pipe.write_all(&stdin)));

@@ -266,6 +266,11 @@ fn slurmstepd_is_killed() {
         std::thread::sleep(Duration::from_secs(1));
     }
     assert_eq!(cluster.leases()[0]["token"], token, "the payload lives, and keeps its slice");
+    go(&cluster);
+    wait_for("gc to free it", SOON, || {
+        migctl(&cluster, &["gc"]);
+        cluster.leases().is_empty()
+    });
     cluster.assert_clean_within(Duration::from_secs(420), "when Slurm has noticed");
 }
 
