@@ -196,12 +196,10 @@ impl Cluster {
         end(self.nodes[node].slurmd.take().expect("it runs"), signal);
     }
 
-    /// Kills slurmstepd of every job, and nothing of the jobs themselves.
-    pub fn kill_stepds(&self) {
-        let is_it = |pid: &String| {
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            name.trim() == "slurmstepd"
-        };
+    /// Kills each slurmstepd whose cgroup's path has that part, and nothing of the jobs themselves.
+    pub fn kill_stepds(&self, part: &str) {
+        let told = |pid: &str, file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let is_it = |pid: &String| told(pid, "comm").trim() == "slurmstepd" && told(pid, "cgroup").contains(part);
         let found: Vec<String> = self.nodes.iter().flat_map(Node::processes).filter(is_it).collect();
         assert!(!found.is_empty(), "no slurmstepd in {:?}", self.nodes[0].processes());
         kill(&found);
