@@ -21,6 +21,10 @@ FISHDIR := $(DATADIR)/fish/vendor_completions.d
 CARGO ?= cargo
 RUSTC ?= rustc
 DIST := target/dist
+# What --version tells: the last commit that changed what is built. Another commit builds nothing anew.
+BUILT_FROM := build.rs Cargo.toml Cargo.lock src sim
+COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null)$(if \
+    $(shell git status --porcelain -- $(BUILT_FROM) 2>/dev/null),-changed)
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
@@ -32,6 +36,7 @@ help: ## this list
 deps: ## install what building and testing need and this machine lacks (Debian, Ubuntu; root)
 	@scripts/install-deps
 
+build: export MIG_HOOK_COMMIT = $(COMMIT)
 build: ## build as shipped, with the simulator, into target/dist
 	$(CARGO) build --release --locked --workspace --lib --bin mig-engine --bin migctl --bin nvml-sim
 	host=$$($(RUSTC) -vV | sed -n 's/^host: //p') && \
