@@ -138,12 +138,25 @@ fn the_manual_page_names_every_verb_and_option() {
 }
 
 #[test]
+fn the_simulators_page_names_every_command() {
+    let page = std::fs::read_to_string(repository("sim/nvml-sim.1")).unwrap().replace("\\-", "-");
+    let commands = page.split(".SH ").find(|part| part.starts_with("COMMANDS")).unwrap();
+    let help = stdout(&run(Command::new(binaries().join("nvml-sim")).arg("--help")));
+    let listed = section(&help, "Commands:").into_iter().map(|line| line.split_whitespace().next().unwrap());
+    let listed: Vec<&str> = listed.filter(|command| *command != "help").collect();
+    assert!(listed.len() > 10, "the reader of help is broken: {help}");
+    for command in listed {
+        assert!(names(commands, command), "{command} is not in COMMANDS of sim/nvml-sim.1");
+    }
+}
+
+#[test]
 fn the_manual_pages_are_well_formed() {
     if !installed("groff") {
         return skip("the_manual_pages_are_well_formed", "no groff");
     }
-    for page in repository("docs/man").read_dir().unwrap() {
-        let page = page.unwrap().path();
+    let pages = repository("docs/man").read_dir().unwrap().map(|page| page.unwrap().path());
+    for page in pages.chain([repository("sim/nvml-sim.1")]) {
         let output = run(Command::new("groff").args(["-ww", "-man", "-z"]).arg(&page));
         assert!(output.status.success() && output.stderr.is_empty(), "{}: {}", page.display(), text(&output));
     }
