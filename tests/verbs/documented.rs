@@ -53,10 +53,14 @@ fn section<'a>(help: &'a str, title: &str) -> Vec<&'a str> {
     part.filter(|line| (1..=6).contains(&(line.len() - line.trim_start().len()))).collect()
 }
 
+fn without_markup(page: &str) -> String {
+    let page = std::fs::read_to_string(repository(page)).unwrap();
+    ["\\fB", "\\fI", "\\fR"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-")
+}
+
 /// docs/man/migctl.1 without its markup: OPTIONS, and what is said of each verb.
 fn manual() -> impl Fn(&str) -> String {
-    let page = std::fs::read_to_string(repository("docs/man/migctl.1")).unwrap();
-    let plain = ["\\fB", "\\fI", "\\fR"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-");
+    let plain = without_markup("docs/man/migctl.1");
     move |name| {
         let mut depth = 0;
         let mut tagged = false;
@@ -139,7 +143,7 @@ fn the_manual_page_names_every_verb_and_option() {
 
 #[test]
 fn the_simulators_page_names_every_command() {
-    let page = std::fs::read_to_string(repository("sim/nvml-sim.1")).unwrap().replace("\\-", "-");
+    let page = without_markup("sim/nvml-sim.1");
     let commands = page.split(".SH ").find(|part| part.starts_with("COMMANDS")).unwrap();
     let help = stdout(&run(Command::new(binaries().join("nvml-sim")).arg("--help")));
     let listed = section(&help, "Commands:").into_iter().map(|line| line.split_whitespace().next().unwrap());
