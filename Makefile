@@ -2,10 +2,13 @@
 
 PREFIX ?= /usr
 DESTDIR ?=
+SYSCONFDIR ?= /etc
 SUITE ?= trixie
+SUITES ?= trixie
 
 BINDIR := $(PREFIX)/bin
 LIBEXECDIR := $(PREFIX)/libexec
+SIMDIR := $(PREFIX)/lib/mig-hook-sim
 DATADIR := $(PREFIX)/share
 MANDIR := $(DATADIR)/man
 HOOKSDIR := $(DATADIR)/mig-hook/hooks.d/podman
@@ -21,10 +24,15 @@ FISHDIR := $(DATADIR)/fish/vendor_completions.d
 CARGO ?= cargo
 RUSTC ?= rustc
 DIST := target/dist
+# What --version tells: the last commit that changed what is built. Another commit builds nothing anew.
+BUILT_FROM := build.rs Cargo.toml Cargo.lock src sim/build.rs sim/boards.json sim/Cargo.toml sim/src
+COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null)$(if \
+    $(shell git status --porcelain -- $(BUILT_FROM) 2>/dev/null),-changed)
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo test test-engines test-slurm test-slurm-slow check bench bench-queue install uninstall clean
+.PHONY: help deps build demo test test-engines test-slurm test-slurm-slow test-packages check bench bench-queue install install-sim \
+    uninstall listing deb rpm licences sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +40,7 @@ help: ## this list
 deps: ## install what building and testing need and this machine lacks (Debian, Ubuntu; root)
 	@scripts/install-deps
 
+build: export MIG_HOOK_COMMIT = $(COMMIT)
 build: ## build as shipped, with the simulator, into target/dist
 	$(CARGO) build --release --locked --workspace --lib --bin mig-engine --bin migctl --bin nvml-sim
 	host=$$($(RUSTC) -vV | sed -n 's/^host: //p') && \
@@ -56,12 +65,16 @@ test-slurm: build ## clusters of real Slurm on this machine, a node with simulat
 test-slurm-slow: build ## the same, and what waits for Slurm's slow clocks: many minutes
 	@SLOW=1 scripts/test-slurm
 
+test-packages: build ## the packages, on booted Debian of SUITES: install, upgrade, removal, purge (root; installs lintian, rpm, ...)
+	@scripts/test-packages $(SUITES)
+
 check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
-	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/tally.sh scripts/test \
-	    scripts/test-engines scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
+	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/package \
+	    scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-engines scripts/test-packages scripts/test-slurm \
+	    .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench
@@ -69,12 +82,13 @@ bench: build ## what a slice costs, beside a plain container
 bench-queue: ## what waiting in line costs and wins, held against the reference figures (no GPU, no root)
 	$(CARGO) bench --quiet --locked --bench queue
 
-install: ## into $(DESTDIR)$(PREFIX); after make build
+install: ## into $(DESTDIR)$(PREFIX) and $(DESTDIR)$(SYSCONFDIR); after make build
 	install -D -m 755 $(DIST)/migctl $(DESTDIR)$(BINDIR)/migctl
 	install -D -m 755 $(DIST)/mig-runtime $(DESTDIR)$(BINDIR)/mig-runtime
 	install -D -m 755 $(DIST)/mig-engine $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine
 	install -D -m 755 $(DIST)/mig-hook $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man1 docs/man/*.1
+	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man5 docs/man/*.5
 	install -D -m 644 -t $(DESTDIR)$(MANDIR)/man8 docs/man/*.8
 	install -d -m 755 $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR)
 	for hook in hooks/*.json.in hooks/crio/*.json.in; do \
@@ -92,6 +106,13 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	    install -D -m "$$mode" "$$file" "$$target" && \
 	    sed -i 's|/usr/bin/migctl|$(BINDIR)/migctl|; s|/usr/libexec|$(LIBEXECDIR)|' "$$target" || exit 1; \
 	done
+	find packaging/dist/usr -type f | while read -r file; do \
+	    target=$(DESTDIR)$(PREFIX)/$${file#packaging/dist/usr/}; \
+	    install -d -m 755 "$${target%/*}" && sed 's|@BINDIR@|$(BINDIR)|' "$$file" >"$$target" && chmod 644 "$$target" || exit 1; \
+	done
+	find packaging/dist/etc -type f | while read -r file; do \
+	    target=$(DESTDIR)$(SYSCONFDIR)/$${file#packaging/dist/etc/}; [ -e "$$target" ] || install -D -m 644 "$$file" "$$target" || exit 1; \
+	done
 	install -D -m 644 -t $(DESTDIR)$(SCHEMADIR) docs/schema/*
 	install -D -m 644 -t $(DESTDIR)$(GRAFANADIR) packaging/grafana/mig-hook.json
 	install -d -m 755 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
@@ -99,21 +120,42 @@ install: ## into $(DESTDIR)$(PREFIX); after make build
 	$(DIST)/migctl completions zsh >$(DESTDIR)$(ZSHDIR)/_migctl && chmod 644 $(DESTDIR)$(ZSHDIR)/_migctl
 	$(DIST)/migctl completions fish >$(DESTDIR)$(FISHDIR)/migctl.fish && chmod 644 $(DESTDIR)$(FISHDIR)/migctl.fish
 
-uninstall: ## take that away again; settings and state stay
-	rm -f $(DESTDIR)$(BINDIR)/migctl $(DESTDIR)$(BINDIR)/mig-runtime
-	rm -f $(DESTDIR)$(LIBEXECDIR)/mig-hook/mig-engine $(DESTDIR)$(LIBEXECDIR)/oci/hooks.d/mig-hook
-	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man1/,$(notdir $(wildcard docs/man/*.1)))
-	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(wildcard docs/man/*.8)))
-	rm -f $(addprefix $(DESTDIR)$(HOOKSDIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/*.json.in))))
-	rm -f $(addprefix $(DESTDIR)$(CRIODIR)/,$(patsubst %.in,%,$(notdir $(wildcard hooks/crio/*.json.in))))
-	rm -f $(addprefix $(DESTDIR)$(SLURMDIR)/,prolog task-prolog epilog)
-	rm -f $(addprefix $(DESTDIR)$(SCHEMADIR)/,$(notdir $(wildcard docs/schema/*)))
-	rm -f $(DESTDIR)$(GRAFANADIR)/mig-hook.json
-	rm -f $(addprefix $(DESTDIR)$(HPCDIR)/,$(patsubst packaging/hpc/%,%,$(wildcard packaging/hpc/*/*)))
-	rm -f $(DESTDIR)$(BASHDIR)/migctl $(DESTDIR)$(ZSHDIR)/_migctl $(DESTDIR)$(FISHDIR)/migctl.fish
-	-rmdir $(DESTDIR)$(SLURMDIR) $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(HOOKSDIR) $(DESTDIR)$(CRIODIR) $(DESTDIR)$(DATADIR)/mig-hook/hooks.d \
-	    $(addprefix $(DESTDIR)$(HPCDIR)/,$(notdir $(wildcard packaging/hpc/*))) $(DESTDIR)$(HPCDIR) \
-	    $(DESTDIR)$(SCHEMADIR) $(DESTDIR)$(GRAFANADIR) $(DESTDIR)$(DATADIR)/mig-hook
+install-sim: ## the simulator, likewise
+	install -D -m 755 $(DIST)/nvml-sim $(DESTDIR)$(SIMDIR)/nvml-sim
+	install -D -m 644 $(DIST)/libnvidia_ml.so $(DESTDIR)$(SIMDIR)/libnvidia_ml.so
+	install -d -m 755 $(DESTDIR)$(BINDIR)
+	ln -sfr $(DESTDIR)$(SIMDIR)/nvml-sim $(DESTDIR)$(BINDIR)/nvml-sim
+	install -D -m 644 sim/nvml-sim.1 $(DESTDIR)$(MANDIR)/man1/nvml-sim.1
+
+uninstall: ## take both away again; state, and settings that were changed, stay
+	grep -v '^#' packaging/installed.txt | while read -r mode path; do \
+	    case $$path in \
+	        /etc/*) file=$(DESTDIR)$(SYSCONFDIR)$${path#/etc}; cmp -s "packaging/dist$$path" "$$file" || continue ;; \
+	        *) file=$(DESTDIR)$(PREFIX)$${path#/usr} ;; \
+	    esac; \
+	    rm -f "$$file"; \
+	done
+	-find $(DESTDIR)$(LIBEXECDIR)/mig-hook $(DESTDIR)$(SIMDIR) $(DESTDIR)$(DATADIR)/mig-hook $(DESTDIR)$(SYSCONFDIR)/mig-hook \
+	    -depth -type d -empty -delete 2>/dev/null
+
+listing: ## what both put where, as packaging/installed.txt has it
+	@rm -rf target/listing
+	@for part in install install-sim; do \
+	    $(MAKE) --no-print-directory --silent $$part DESTDIR=$(CURDIR)/target/listing/$$part PREFIX=/usr && echo "# make $$part" && \
+	    (cd target/listing/$$part && find . ! -type d -printf '%m /%P\n' | LC_ALL=C sort -k 2) || exit 1; \
+	done
+
+deb: build ## Debian packages, with the simulator as one of its own, into target/packages (needs debhelper)
+	@scripts/package deb
+
+rpm: build ## the same as rpms (needs rpmbuild)
+	@scripts/package rpm
+
+licences: ## what is linked in, with notices and licences, into target/THIRD-PARTY.txt
+	@mkdir -p target && scripts/licences >target/THIRD-PARTY.txt && echo target/THIRD-PARTY.txt
+
+sbom: ## the same as CycloneDX documents, into target/sbom (installs cargo-cyclonedx into target/tools)
+	@scripts/sbom
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -471,6 +471,56 @@ mod tests {
         }
     }
 
+    /// The lines of the installed settings file that name a key, with the comment above each.
+    fn installed_file() -> Vec<(String, String, String)> {
+        let text = include_str!("../packaging/dist/etc/mig-hook/config.toml");
+        let (mut table, mut comment, mut found) = (String::new(), String::new(), vec![]);
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix('[') {
+                table = name.trim_end_matches(']').to_owned() + ".";
+            } else if let Some(words) = line.strip_prefix("# ") {
+                comment += words;
+            } else if let Some((key, value)) = line.strip_prefix('#').and_then(|line| line.split_once(" = ")) {
+                found.push((format!("{table}{key}"), value.to_owned(), std::mem::take(&mut comment)));
+            } else {
+                assert_eq!(line, "", "neither a table, a comment nor a key");
+                comment.clear();
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn the_installed_file_has_every_key_with_its_default() {
+        let keys: Vec<String> = installed_file().into_iter().map(|(key, ..)| key).collect();
+        assert_eq!(keys, KEYS);
+        let default = format!("{:?}", Settings::default());
+        for (key, value, comment) in installed_file() {
+            let set = Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
+            let is_default = format!("{set:?}") == default;
+            let says_so = !comment.contains("No default");
+            // An example may be what is found on this machine.
+            assert!(is_default == says_so || key == "driver.nvml", "{key} = {value}: {comment}");
+        }
+        let untouched = Settings::parse(include_str!("../packaging/dist/etc/mig-hook/config.toml")).unwrap();
+        assert_eq!(format!("{untouched:?}"), default, "it changes nothing");
+    }
+
+    #[test]
+    fn the_manual_page_has_every_key_with_its_default() {
+        let page = include_str!("../docs/man/mig-hook-config.5").replace("\\-", "-").replace("\\(dq", "\"");
+        let entries: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix(".BR ")).collect();
+        let wanted: Vec<String> = installed_file()
+            .iter()
+            .map(|(key, value, comment)| match comment.contains("No default") {
+                true => format!("{key} \" (no default)\""),
+                false if key == "driver.dev_root" => format!("{key} \" (default: {value}, or dev below driver.root)\""),
+                false => format!("{key} \" (default: {value})\""),
+            })
+            .collect();
+        assert_eq!(entries[..wanted.len()], wanted);
+    }
+
     #[test]
     fn a_typo_names_the_nearest_key() {
         for (typo, meant) in [

@@ -17,6 +17,8 @@ use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::handover;
 
+/// What `--version` says of every program: version, commit where `make build` knew it, target.
+pub const VERSION: &str = env!("MIG_HOOK_VERSION");
 /// Where the settings are looked for when no option names a file.
 pub const SETTINGS: &str = "/etc/mig-hook/config.toml";
 /// Where leases live when the settings name nothing else.
@@ -44,6 +46,8 @@ pub struct Own {
     pub runtime: Option<PathBuf>,
     /// `--mig-job KEY`: the container is one of that job of a batch system.
     pub job: Option<OsString>,
+    /// `--mig-version`: our own version. `--version` is the runtime's, as engines read it.
+    pub version: bool,
     /// Options that begin with `--mig-` and are none of ours.
     pub unknown: Vec<String>,
 }
@@ -273,6 +277,7 @@ fn take_own_options(words: &mut Vec<OsString>) -> Own {
         let mut value = || given.clone().or_else(|| (!words.is_empty()).then(|| words.remove(0)));
         match name.as_str() {
             "--mig-env" if given.is_none() => own.env = true,
+            "--mig-version" if given.is_none() => own.version = true,
             "--mig-config" => own.config = value().map(PathBuf::from),
             "--mig-runtime" => own.runtime = value().map(PathBuf::from),
             "--mig-job" => own.job = value(),
@@ -516,6 +521,10 @@ fn in_job(state_dir: &Path, key: &OsStr) -> bool {
 pub fn runtime(args: Vec<OsString>) -> i32 {
     let given = args.get(1..).unwrap_or_default().to_vec();
     let plan = plan(given.clone());
+    if plan.own.version {
+        println!("mig-runtime {VERSION}");
+        return 0;
+    }
     let outline = Outline::read(plan.own.config.as_deref());
     let state_dir = || state_dir(outline.state_dir.clone());
     let asks = || plan.own.are_wrong() || asked_by_bundle(&plan) != Asked::Nothing;
@@ -604,6 +613,10 @@ pub fn installed(name: &str) -> Option<PathBuf> {
 pub fn hook(args: Vec<OsString>) -> i32 {
     handover::unblock_signals();
     let given = args.get(1..).unwrap_or_default().to_vec();
+    if given == ["--version"] {
+        println!("mig-hook {VERSION}");
+        return 0;
+    }
     let has = |word: &str| given.iter().any(|a| a == word);
     let after = |name: &str| given.iter().position(|a| a == name).and_then(|at| given.get(at + 1));
     if has("poststop") && has("--lease") {
@@ -745,6 +758,7 @@ mod tests {
         assert!(plan.own.env && plan.own.unknown.is_empty());
         assert_eq!(plan.rest.join(OsStr::new(" ")), "--root /r create c1 --mig-env");
         assert_eq!(planned("--mig-typo create c1").own.unknown, ["--mig-typo"]);
+        assert!(planned("--mig-version").own.version && !planned("--version").own.version);
         assert!(!planned("create --mig-env c1").own.env);
     }
 

@@ -18,7 +18,7 @@ fn run(args: Vec<OsString>) -> i32 {
         Some("hook") => hook::main(rest) as i32,
         Some("shim") => shim::main(rest.to_vec(), pipe),
         Some("--version") => {
-            println!("mig-engine {}", env!("CARGO_PKG_VERSION"));
+            println!("mig-engine {}", mig_hook::first::VERSION);
             Exit::Ok as i32
         }
         _ => {

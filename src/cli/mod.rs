@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::config::Settings;
 use crate::engine::{Failure, leases_in};
+use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{ComputeInstance, Device, Gpu, Instance, MigDevice, Placement};
 use crate::lease::Lease;
@@ -63,7 +64,7 @@ const SETTINGS: &str = "config";
 
 /// See and free the MIG slices that containers hold, and make engines give them.
 #[derive(Debug, Parser)]
-#[command(name = "migctl", version, max_term_width = 100)]
+#[command(name = "migctl", version = first::VERSION, max_term_width = 100)]
 pub struct Args {
     /// Settings file [default: /etc/mig-hook/config.toml, which may be missing]
     #[arg(long, value_name = "FILE")]

@@ -53,10 +53,14 @@ fn section<'a>(help: &'a str, title: &str) -> Vec<&'a str> {
     part.filter(|line| (1..=6).contains(&(line.len() - line.trim_start().len()))).collect()
 }
 
+fn without_markup(page: &str) -> String {
+    let page = std::fs::read_to_string(repository(page)).unwrap();
+    ["\\fB", "\\fI", "\\fR"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-")
+}
+
 /// docs/man/migctl.1 without its markup: OPTIONS, and what is said of each verb.
 fn manual() -> impl Fn(&str) -> String {
-    let page = std::fs::read_to_string(repository("docs/man/migctl.1")).unwrap();
-    let plain = ["\\fB", "\\fI", "\\fR"].iter().fold(page, |page, font| page.replace(font, "")).replace("\\-", "-");
+    let plain = without_markup("docs/man/migctl.1");
     move |name| {
         let mut depth = 0;
         let mut tagged = false;
@@ -138,12 +142,25 @@ fn the_manual_page_names_every_verb_and_option() {
 }
 
 #[test]
+fn the_simulators_page_names_every_command() {
+    let page = without_markup("sim/nvml-sim.1");
+    let commands = page.split(".SH ").find(|part| part.starts_with("COMMANDS")).unwrap();
+    let help = stdout(&run(Command::new(binaries().join("nvml-sim")).arg("--help")));
+    let listed = section(&help, "Commands:").into_iter().map(|line| line.split_whitespace().next().unwrap());
+    let listed: Vec<&str> = listed.filter(|command| *command != "help").collect();
+    assert!(listed.len() > 10, "the reader of help is broken: {help}");
+    for command in listed {
+        assert!(names(commands, command), "{command} is not in COMMANDS of sim/nvml-sim.1");
+    }
+}
+
+#[test]
 fn the_manual_pages_are_well_formed() {
     if !installed("groff") {
         return skip("the_manual_pages_are_well_formed", "no groff");
     }
-    for page in repository("docs/man").read_dir().unwrap() {
-        let page = page.unwrap().path();
+    let pages = repository("docs/man").read_dir().unwrap().map(|page| page.unwrap().path());
+    for page in pages.chain([repository("sim/nvml-sim.1")]) {
         let output = run(Command::new("groff").args(["-ww", "-man", "-z"]).arg(&page));
         assert!(output.status.success() && output.stderr.is_empty(), "{}: {}", page.display(), text(&output));
     }

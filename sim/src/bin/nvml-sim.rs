@@ -23,7 +23,7 @@ use nvidia_ml::store::{Error, Machine};
 const BOARDS: &str = include_str!("../../boards.json");
 
 #[derive(Parser)]
-#[command(name = "nvml-sim", version, about = "Simulated MIG machines for clients of libnvidia-ml.so.1")]
+#[command(name = "nvml-sim", version = env!("NVML_SIM_VERSION"), about = "Simulated MIG machines for clients of libnvidia-ml.so.1")]
 struct Cli {
     #[command(subcommand)]
     command: Command,

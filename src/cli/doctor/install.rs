@@ -6,7 +6,7 @@ use super::Check;
 use super::root::Root;
 use super::{listed, program};
 use crate::config::HOOK_PLACES;
-use crate::first::ENGINES;
+use crate::first::{ENGINES, VERSION};
 
 /// Where packages and `make install` put migctl.
 const BIN: [&str; 2] = ["/usr/bin", "/usr/local/bin"];
@@ -53,8 +53,8 @@ fn programs(bin: &Path, parts: &[(&str, Option<PathBuf>)]) -> Check {
 
 fn version(said: &Result<String, String>) -> Option<Check> {
     let found = match said {
-        Ok(said) if said.trim() == format!("mig-engine {OURS}") => return None,
-        Ok(said) => format!("migctl is {OURS}, and {}", said.lines().next().unwrap_or("mig-engine says nothing")),
+        Ok(said) if said.trim() == format!("mig-engine {VERSION}") => return None,
+        Ok(said) => format!("migctl is {VERSION}, and {}", said.lines().next().unwrap_or("mig-engine says nothing")),
         Err(reason) => format!("mig-engine {reason}"),
     };
     Some(Check::fail(
@@ -75,7 +75,7 @@ mod tests {
         let check = programs(Path::new("/usr/bin"), &parts);
         assert!(check.status == Status::Fail && check.found.starts_with("mig-hook is missing"), "{check:?}");
         assert_eq!(programs(Path::new("/usr/bin"), &parts[..1]).status, Status::Ok);
-        assert_eq!(version(&Ok(format!("mig-engine {OURS}\n"))), None);
+        assert_eq!(version(&Ok(format!("mig-engine {VERSION}\n"))), None);
         assert!(version(&Ok("mig-engine 9.9.9".into())).unwrap().found.contains("mig-engine 9.9.9"));
         assert!(version(&Err("ended with 1".into())).unwrap().found.contains("ended with 1"));
     }
