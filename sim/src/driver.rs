@@ -92,7 +92,11 @@ const PROGRAMS: [(&str, Part); 4] = [
 
 const TEXTS: [(&str, Part, &str); 6] = [
     ("etc/OpenCL/vendors/nvidia.icd", Part::Compute, "libnvidia-opencl.so.1\n"),
-    ("usr/share/vulkan/icd.d/nvidia_icd.json", Part::Graphics, "{\"ICD\": {\"library_path\": \"libGLX_nvidia.so.0\"}}\n"),
+    (
+        "usr/share/vulkan/icd.d/nvidia_icd.json",
+        Part::Graphics,
+        "{\"ICD\": {\"library_path\": \"libGLX_nvidia.so.0\"}}\n",
+    ),
     ("usr/share/vulkan/implicit_layer.d/nvidia_layers.json", Part::Graphics, "{\"layers\": []}\n"),
     (
         "usr/share/glvnd/egl_vendor.d/10_nvidia.json",

@@ -121,8 +121,7 @@ pub fn shared_object(bits: Bits, soname: &str, text: &str) -> Vec<u8> {
     image.segment(PT_DYNAMIC, dynamic_at, dynamic_size, bits.word());
     // Without it glibc takes the stack for one that has to be executable.
     image.segment(PT_GNU_STACK, 0, 0, 16);
-    let entries =
-        [(14, 1), (4, hash_at), (5, strings_at), (6, symbols_at), (10, strings.len()), (11, symbol), (0, 0)];
+    let entries = [(14, 1), (4, hash_at), (5, strings_at), (6, symbols_at), (10, strings.len()), (11, symbol), (0, 0)];
     for (tag, value) in entries {
         image.word(tag).word(value);
     }
@@ -147,7 +146,8 @@ mod tests {
         for (bits, class) in [(Bits::Sixtyfour, "ELF64"), (Bits::Thirtytwo, "ELF32")] {
             let path = dir.path().join("libx.so");
             std::fs::write(&path, shared_object(bits, "libx.so.1", "libx.so of 1.2")).unwrap();
-            let Ok(output) = Command::new("readelf").args(["-h", "-d", "-l", "--use-dynamic", "-s"]).arg(&path).output()
+            let Ok(output) =
+                Command::new("readelf").args(["-h", "-d", "-l", "--use-dynamic", "-s"]).arg(&path).output()
             else {
                 eprintln!("SKIP: no readelf");
                 return;

@@ -25,7 +25,8 @@ pub struct Entry {
 pub fn text(entries: &[Entry]) -> Vec<u8> {
     let mut sorted: Vec<&Entry> = entries.iter().collect();
     // The loader bisects: largest name first, and of the same name the one for more bits.
-    sorted.sort_by(|a, b| compare(&b.name, &a.name).then((b.bits == Bits::Sixtyfour).cmp(&(a.bits == Bits::Sixtyfour))));
+    sorted
+        .sort_by(|a, b| compare(&b.name, &a.name).then((b.bits == Bits::Sixtyfour).cmp(&(a.bits == Bits::Sixtyfour))));
     let mut strings: Vec<u8> = Vec::new();
     let base = HEADER + ENTRY * sorted.len();
     let mut place = |text: &str| {

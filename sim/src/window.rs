@@ -77,9 +77,8 @@ fn lock(file: File, how: FlockArg) -> io::Result<Flock<File>> {
 
 /// Whether this process can open that device at that path. No driver answers here.
 pub fn opens(path: &Path, major: u32, minor: u32) -> bool {
-    let node = |meta: fs::Metadata| {
-        meta.file_type().is_char_device() && meta.rdev() == makedev(major.into(), minor.into())
-    };
+    let node =
+        |meta: fs::Metadata| meta.file_type().is_char_device() && meta.rdev() == makedev(major.into(), minor.into());
     let opens = || match File::open(path) {
         Ok(_) => true,
         Err(error) => matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)),

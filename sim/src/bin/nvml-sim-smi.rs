@@ -36,11 +36,7 @@ fn run() -> Result<String> {
     let library = library().with_context(|| format!("no {LIBRARY} where a loader looks for it"))?;
     let machine = Machine::of_library(&std::fs::canonicalize(&library)?)?;
     let snapshot = machine.snapshot()?;
-    let mut text = format!(
-        "nvml-sim, driver {}, library {}\n",
-        machine.config.driver_version,
-        library.display()
-    );
+    let mut text = format!("nvml-sim, driver {}, library {}\n", machine.config.driver_version, library.display());
     for (index, gpu) in snapshot.state.gpus.iter().enumerate() {
         let board = machine.config.board(index).context("a GPU without a board")?;
         text += &format!("GPU {index}: {} (UUID: {})\n", board.name, machine.config.gpus[index].uuid);
