@@ -102,28 +102,6 @@ impl DriverFiles {
     }
 }
 
-/// A socket by which the driver's daemons are spoken to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Socket {
-    /// nvidia-persistenced's.
-    Persistenced,
-    /// nvidia-fabricmanager's.
-    Fabricmanager,
-    /// The directory of the MPS control daemon's pipes.
-    Mps,
-}
-
-impl Socket {
-    fn path(self) -> &'static str {
-        match self {
-            Socket::Persistenced => "/run/nvidia-persistenced/socket",
-            Socket::Fabricmanager => "/run/nvidia-fabricmanager/socket",
-            Socket::Mps => "/tmp/nvidia-mps",
-        }
-    }
-}
-
 /// The version of the driver that runs, by its own file below `proc_root`.
 pub fn version(proc_root: &Path) -> Option<String> {
     let text = fs::read_to_string(proc_root.join("driver/nvidia/version")).ok()?;
@@ -137,8 +115,8 @@ pub fn module_version(text: &str) -> Option<&str> {
     line.split_whitespace().find(version)
 }
 
-/// Everything of that version below a root, and these sockets where they are.
-pub fn discover(root: &Path, version: &str, sockets: &[Socket]) -> DriverFiles {
+/// Everything of that version below a root, and the sockets at these paths where they are.
+pub fn discover(root: &Path, version: &str, sockets: &[&str]) -> DriverFiles {
     let root = Root(root);
     let mut libraries: Vec<Library> = Vec::new();
     for dir in root.library_dirs() {
@@ -159,7 +137,7 @@ pub fn discover(root: &Path, version: &str, sockets: &[Socket]) -> DriverFiles {
     others.extend(loader_files.filter_map(|path| root.other(&path, &path, Metadata::is_file)));
     others.extend(sockets.iter().filter_map(|socket| {
         let is_it = |meta: &Metadata| meta.file_type().is_socket() || meta.is_dir();
-        let other = root.other(socket.path(), socket.path(), is_it)?;
+        let other = root.other(socket, socket, is_it)?;
         Some(Other { options: options(&["nosuid", "nodev", "noexec", "rbind", "rprivate"]), ..other })
     }));
     DriverFiles { libraries, others }
@@ -304,8 +282,7 @@ impl Root<'_> {
         let Some(found) = self.resolve(Path::new(&dir)) else { return Vec::new() };
         let entries = fs::read_dir(found).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut names: Vec<String> =
-            names.filter(|name| name.starts_with("gsp") && name.ends_with(".bin")).collect();
+        let mut names: Vec<String> = names.filter(|name| name.starts_with("gsp") && name.ends_with(".bin")).collect();
         names.sort();
         let path = |name: &String| format!("{dir}/{name}");
         names.iter().filter_map(|name| self.other(&path(name), &path(name), Metadata::is_file)).collect()
@@ -316,4 +293,214 @@ fn library(source: &Path, name: String) -> Option<Library> {
     let (bits, soname) = elf::read(&File::open(source).ok()?)?;
     let soname = soname.unwrap_or_else(|| name.clone());
     Some(Library { source: source.to_owned(), name, soname, bits })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    const V: &str = "580.95.05";
+    const NATIVE: &str = "usr/lib/x86_64-linux-gnu";
+
+    /// A root with what is put into it.
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn new() -> Tree {
+            Tree(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self, relative: &str) -> PathBuf {
+            self.0.path().join(relative)
+        }
+
+        fn file(&self, relative: &str, bytes: &[u8], mode: u32) {
+            let path = self.path(relative);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, bytes).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+
+        fn library(&self, relative: &str, soname: &str, bits: Bits) {
+            self.file(relative, &elf::tests::library(bits, soname), 0o644);
+        }
+
+        fn link(&self, relative: &str, target: &str) {
+            let path = self.path(relative);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink(target, path).unwrap();
+        }
+
+        fn found(&self) -> DriverFiles {
+            discover(self.0.path(), V, &["/run/nvidia-persistenced/socket"])
+        }
+
+        fn libraries(&self) -> Vec<(String, String)> {
+            let shown = |path: &Path| path.strip_prefix(self.0.path()).unwrap().display().to_string();
+            self.found().libraries.into_iter().map(|library| (library.soname, shown(&library.source))).collect()
+        }
+    }
+
+    fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+        expected.iter().map(|(soname, path)| ((*soname).to_owned(), (*path).to_owned())).collect()
+    }
+
+    #[test]
+    fn only_the_running_version_counts() {
+        let tree = Tree::new();
+        tree.library(&format!("{NATIVE}/libcuda.so.{V}"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.library(&format!("{NATIVE}/libcuda.so.570.1.2"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.library(&format!("{NATIVE}/libnvidia-ml.so.570.1.2"), "libnvidia-ml.so.1", Bits::Sixtyfour);
+        tree.library(&format!("{NATIVE}/libnvidia-nvvm70.so.4"), "libnvidia-nvvm70.so.4", Bits::Sixtyfour);
+        tree.link(&format!("{NATIVE}/libcuda.so.1"), "libcuda.so.570.1.2");
+        tree.file(&format!("{NATIVE}/libnvidia-text.so.{V}"), b"not a library", 0o644);
+        fs::create_dir(tree.path(&format!("{NATIVE}/libnvidia-dir.so.{V}"))).unwrap();
+        let cuda = format!("{NATIVE}/libcuda.so.{V}");
+        let nvvm = format!("{NATIVE}/libnvidia-nvvm70.so.4");
+        assert_eq!(tree.libraries(), pairs(&[("libcuda.so.1", &cuda), ("libnvidia-nvvm70.so.4", &nvvm)]));
+        assert!(discover(tree.0.path(), "535.1.1", &[]).libraries.iter().all(|l| l.name == "libnvidia-nvvm70.so.4"));
+    }
+
+    #[test]
+    fn debians_alternatives_and_a_cache_lead_to_the_libraries() {
+        let tree = Tree::new();
+        let current = format!("{NATIVE}/nvidia/current");
+        tree.library(&format!("{current}/libcuda.so.{V}"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.library(
+            &format!("opt/gpu/libnvidia-ptxjitcompiler.so.{V}"),
+            "libnvidia-ptxjitcompiler.so.1",
+            Bits::Sixtyfour,
+        );
+        tree.library(&format!("opt/gpu/libnvidia-ml.so.{V}"), "libnvidia-ml.so.1", Bits::Sixtyfour);
+        tree.library(&format!("opt/gpu/vdpau/libvdpau_nvidia.so.{V}"), "libvdpau_nvidia.so.1", Bits::Sixtyfour);
+        tree.link(&format!("{NATIVE}/libcuda.so.1"), "/etc/alternatives/glx--libcuda.so.1-x86_64-linux-gnu");
+        tree.link("etc/alternatives/glx--libcuda.so.1-x86_64-linux-gnu", &format!("/{current}/libcuda.so.1"));
+        tree.link(&format!("{current}/libcuda.so.1"), &format!("libcuda.so.{V}"));
+        tree.link("lib", "usr/lib");
+        let cache = ldcache::tests::cache(&[
+            ("libcuda.so.1", "/lib/x86_64-linux-gnu/libcuda.so.1"),
+            ("libnvidia-ml.so.1", "/opt/gpu/libnvidia-ml.so.1"),
+            ("libz.so.1", "/elsewhere/libz.so.1"),
+        ]);
+        tree.file("etc/ld.so.cache", &cache, 0o644);
+        tree.link("opt/gpu/libnvidia-ml.so.1", &format!("libnvidia-ml.so.{V}"));
+        let found = tree.libraries();
+        let expected = [
+            ("libcuda.so.1", format!("{current}/libcuda.so.{V}")),
+            ("libnvidia-ml.so.1", format!("opt/gpu/libnvidia-ml.so.{V}")),
+            ("libnvidia-ptxjitcompiler.so.1", format!("opt/gpu/libnvidia-ptxjitcompiler.so.{V}")),
+            ("libvdpau_nvidia.so.1", format!("opt/gpu/vdpau/libvdpau_nvidia.so.{V}")),
+        ];
+        assert_eq!(found, expected.map(|(soname, path)| (soname.to_owned(), path)));
+        fs::remove_file(tree.path("etc/ld.so.cache")).unwrap();
+        assert_eq!(
+            tree.libraries(),
+            pairs(&[("libcuda.so.1", &format!("{current}/libcuda.so.{V}"))]),
+            "without a cache"
+        );
+    }
+
+    #[test]
+    fn libraries_for_32_bits_are_told_apart() {
+        let tree = Tree::new();
+        tree.library(&format!("usr/lib64/libcuda.so.{V}"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.library(&format!("usr/lib/libcuda.so.{V}"), "libcuda.so.1", Bits::Thirtytwo);
+        let bits: Vec<Bits> = tree.found().libraries.into_iter().map(|library| library.bits).collect();
+        let both = [Bits::Sixtyfour, Bits::Thirtytwo];
+        assert_eq!(bits, both[..if cfg!(target_arch = "aarch64") { 1 } else { 2 }]);
+    }
+
+    #[test]
+    fn links_never_lead_out_of_the_root() {
+        let outside = tempfile::tempdir().unwrap();
+        let there = outside.path().join(format!("libcuda.so.{V}"));
+        fs::write(&there, elf::tests::library(Bits::Sixtyfour, "libcuda.so.1")).unwrap();
+        let tree = Tree::new();
+        tree.link("usr/lib64", outside.path().to_str().unwrap());
+        tree.link("usr/lib/x86_64-linux-gnu", "../../../../../../../../../../../../../../..");
+        tree.link(&format!("usr/lib/libcuda.so.{V}"), there.to_str().unwrap());
+        tree.link("lib64", "lib64");
+        assert!(tree.found().is_empty(), "{:?}", tree.found());
+        let root = Root(tree.0.path());
+        assert_eq!(root.resolve(Path::new("usr/lib/x86_64-linux-gnu")), Some(tree.path("")));
+        assert_eq!(root.resolve(Path::new("lib64/x")), None, "a loop");
+        assert_eq!(root.resolve(Path::new("/../a/./b/../c")), Some(tree.path("a/c")));
+    }
+
+    #[test]
+    fn what_others_could_change_is_left_out() {
+        let tree = Tree::new();
+        tree.library(&format!("usr/lib64/libcuda.so.{V}"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.library(&format!("usr/lib64/libnvidia-ml.so.{V}"), "libnvidia-ml.so.1", Bits::Sixtyfour);
+        let mode = |relative: &str, mode| fs::set_permissions(tree.path(relative), fs::Permissions::from_mode(mode));
+        mode(&format!("usr/lib64/libcuda.so.{V}"), 0o664).unwrap();
+        assert_eq!(tree.libraries(), pairs(&[("libnvidia-ml.so.1", &format!("usr/lib64/libnvidia-ml.so.{V}"))]));
+        mode(&format!("usr/lib64/libcuda.so.{V}"), 0o644).unwrap();
+        if std::os::unix::fs::chown(tree.path(&format!("usr/lib64/libcuda.so.{V}")), Some(1000), None).is_ok() {
+            assert_eq!(tree.libraries().len(), 1, "a user's");
+        }
+    }
+
+    #[test]
+    fn programs_firmware_sockets_and_what_other_loaders_read() {
+        let tree = Tree::new();
+        tree.library(&format!("usr/lib64/libcuda.so.{V}"), "libcuda.so.1", Bits::Sixtyfour);
+        tree.file("usr/lib/nvidia/current/nvidia-smi", b"x", 0o755);
+        tree.link("usr/bin/nvidia-smi", "/etc/alternatives/nvidia--nvidia-smi");
+        tree.link("etc/alternatives/nvidia--nvidia-smi", "/usr/lib/nvidia/current/nvidia-smi");
+        tree.file("usr/bin/nvidia-debugdump", b"x", 0o644);
+        tree.file("usr/sbin/nvidia-persistenced", b"x", 0o755);
+        tree.link("lib", "usr/lib");
+        for name in ["gsp_tu10x.bin", "gsp_ga10x.bin", "other.bin"] {
+            tree.file(&format!("usr/lib/firmware/nvidia/{V}/{name}"), b"x", 0o644);
+        }
+        tree.file("usr/lib/firmware/nvidia/570.1.2/gsp_ga10x.bin", b"x", 0o644);
+        tree.file("etc/OpenCL/vendors/nvidia.icd", b"x", 0o644);
+        tree.file("usr/share/vulkan/icd.d/nvidia_icd.json", b"x", 0o644);
+        fs::create_dir_all(tree.path("run/nvidia-persistenced")).unwrap();
+        let _listener = UnixListener::bind(tree.path("run/nvidia-persistenced/socket")).unwrap();
+        let found = tree.found().others;
+        let destinations: Vec<&str> = found.iter().map(|other| other.destination.as_str()).collect();
+        let expected = [
+            "/usr/bin/nvidia-smi",
+            "/usr/bin/nvidia-persistenced",
+            "/lib/firmware/nvidia/580.95.05/gsp_ga10x.bin",
+            "/lib/firmware/nvidia/580.95.05/gsp_tu10x.bin",
+            "/usr/share/vulkan/icd.d/nvidia_icd.json",
+            "/etc/OpenCL/vendors/nvidia.icd",
+            "/run/nvidia-persistenced/socket",
+        ];
+        assert_eq!(destinations, expected);
+        assert_eq!(found[0].source, tree.path("usr/lib/nvidia/current/nvidia-smi"));
+        assert!(found.iter().all(|other| other.source.starts_with(tree.0.path())));
+        assert!(found[0].options.contains(&"ro".to_owned()) && !found[6].options.contains(&"ro".to_owned()));
+        assert_eq!(discover(tree.0.path(), V, &[]).others.len(), 6, "sockets are those that are asked for");
+    }
+
+    #[test]
+    fn the_version_is_the_kernel_modules() {
+        let classic = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Tue Jul 22";
+        assert_eq!(module_version(classic), Some("535.261.03"));
+        let open =
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (x)\nGCC version: 14.2";
+        assert_eq!(module_version(open), Some("580.95.05"));
+        assert_eq!((module_version("GCC version: 14.2.0"), version(Path::new("/nonexistent"))), (None, None));
+    }
+
+    #[test]
+    fn what_a_spec_names_must_be_there() {
+        let tree = Tree::new();
+        let (cuda, smi) = (tree.path("libcuda.so.1.2"), tree.path("nvidia-smi"));
+        tree.library("libcuda.so.1.2", "libcuda.so.1", Bits::Sixtyfour);
+        tree.file("nvidia-smi", b"x", 0o755);
+        let entry = |path: &Path| (path.to_owned(), "/usr/bin/nvidia-smi".to_owned(), vec!["ro".to_owned()]);
+        let files = named(vec![entry(&cuda), entry(&smi)]).unwrap();
+        assert_eq!(
+            (files.libraries[0].soname.as_str(), files.others[0].source.as_path()),
+            ("libcuda.so.1", smi.as_path())
+        );
+        assert_eq!(named(vec![entry(&cuda), entry(Path::new("/nonexistent"))]), Err("/nonexistent".into()));
+    }
 }

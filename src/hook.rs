@@ -10,14 +10,16 @@ use serde_json::Value;
 
 use crate::bundle;
 use crate::classic;
-use crate::config::{self, Settings};
+use crate::config::{self, DriverSource, Settings};
 use crate::container::Cgroup;
+use crate::driver::DriverFiles;
 use crate::edits::{self, Edit, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
 use crate::host::{self, Host, HostError, Majors};
+use crate::injection::{self, Capabilities};
 use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
@@ -114,14 +116,23 @@ fn precreate(settings: &Settings) -> Result<()> {
     let Some(request) = asked? else { return Ok(print(&bytes)?) };
     let mut value = config.certain(shown)?;
     // podman names a cgroup for every container but one with --cgroups=disabled.
-    let majors = prepare(settings, &mut value, &holder, &request, holder.cgroup.is_some())?;
+    let prepared = prepare(settings, &mut value, &holder, &request, holder.cgroup.is_some())?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let lease = engine.acquire(&request, &holder)?;
-    let handed_on = edit(settings, &lease, majors, &mut value, true).and_then(|()| {
+    let handed_on = edit(settings, &lease, prepared, &mut value, true).and_then(|()| {
         print(&serde_json::to_vec(&value)?).context("cannot write the edited config to standard output")
     });
     handed_on.inspect_err(|_| give_back(&engine, &lease.token))
+}
+
+/// What is known of a container before anything is acquired for it.
+pub(crate) struct Prepared {
+    majors: Majors,
+    driver: DriverFiles,
+    needed: Capabilities,
+    /// Whether its runtime can make places for mounts in its root file system.
+    writable: bool,
 }
 
 /// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices: by its device
@@ -132,7 +143,7 @@ pub(crate) fn prepare(
     holder: &Holder,
     request: &Request,
     cgroup: bool,
-) -> Result<Majors> {
+) -> Result<Prepared> {
     let prepared = check(settings, config, holder.bundle.as_deref(), cgroup, Host::majors);
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
@@ -144,7 +155,7 @@ pub(crate) fn check(
     bundle: Option<&Path>,
     cgroup: bool,
     majors: impl FnOnce(&Host) -> Result<Majors, HostError>,
-) -> Result<Majors> {
+) -> Result<Prepared> {
     check_dev(config, bundle)?;
     if !edits::claimed(config).is_empty() {
         let twice = "the container asks by annotation or environment, and by --device; leave one of them out";
@@ -153,7 +164,12 @@ pub(crate) fn check(
     let majors = majors(&engine::host_of(settings))?;
     edits::strip(config, majors);
     check_rules(settings, config, majors, cgroup)?;
-    Ok(majors)
+    let driver = engine::driver_files(settings)?;
+    let needed = match driver.is_empty() {
+        true => Capabilities::default(),
+        false => Capabilities::of(config).map_err(Failure::BadRequest)?,
+    };
+    Ok(Prepared { majors, driver, needed, writable: bundle::has_writable_root(config, bundle) })
 }
 
 /// Refuses a container whose /dev is not made for it by the runtime.
@@ -203,8 +219,15 @@ pub(crate) fn open_sentence(why: &str) -> String {
 }
 
 /// Writes a lease's slices into a prepared config.
-pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
+pub(crate) fn edit(
+    settings: &Settings,
+    lease: &Lease,
+    prepared: Prepared,
+    config: &mut Value,
+    bind: bool,
+) -> Result<()> {
     let host = engine::host_of(settings);
+    let majors = prepared.majors;
     if settings.rootless.is_some() || edits::has_user_namespace(config) {
         engine::make_host_nodes(&host, &lease.slices, majors)?;
     }
@@ -216,11 +239,20 @@ pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &
     }
     let nodes = engine::nodes_of(&host, &lease.slices, majors);
     check_modes(settings, &nodes)?;
-    let environment = edits::environment(&lease.uuids(), &lease.profiles());
+    let environment = environment(settings, lease);
+    let draws = lease.slices.iter().any(|slice| slice.profile_name.contains("+gfx"));
+    let needed = if draws { prepared.needed.with_graphics() } else { prepared.needed };
+    let driver = injection::injection(&prepared.driver, &needed, prepared.writable);
+    let masked = engine::masked_paths(&host, &lease.slices);
     let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
-    let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
-    Ok(edited.map_err(Failure::BadRequest)?)
+    let edit = Edit { nodes: &nodes, environment: &environment, driver: &driver, masked: &masked, hooks, bind };
+    Ok(edits::apply(config, &edit).map_err(Failure::BadRequest)?)
+}
+
+/// The variables of a lease's processes.
+pub(crate) fn environment(settings: &Settings, lease: &Lease) -> Vec<String> {
+    edits::environment(&lease.uuids(), &lease.profiles(), settings.driver_files == DriverSource::None)
 }
 
 /// Releases what a failure after acquire leaves over.

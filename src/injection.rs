@@ -103,7 +103,7 @@ impl Capabilities {
 
 /// Beginnings of names, and what they belong to (libnvidia-container, src/nvc_info.c; drivers 535 to 580). What is not here
 /// and carries the driver's version goes with compute: that is where new ones came.
-const LIBRARIES: [(&str, &[Capability]); 35] = [
+const LIBRARIES: [(&str, &[Capability]); 33] = [
     ("libnvidia-ml.", &[Utility]),
     ("libnvidia-cfg.", &[Utility]),
     ("libnvidia-nscq.", &[Utility]),
@@ -137,8 +137,6 @@ const LIBRARIES: [(&str, &[Capability]); 35] = [
     ("libnvidia-wfb.", &[Display]),
     ("libnvidia-xcontrol.", &[Display]),
     ("libnvoptix.", &[Graphics, Display]),
-    ("libcuda.", &[Compute, Video, Graphics, Display]),
-    ("libnvidia-ptxjitcompiler.", &[Compute, Graphics, Display]),
 ];
 
 /// Parts of paths of other files; what is not here goes everywhere: firmware, sockets.
@@ -157,11 +155,10 @@ const OTHERS: [(&str, &[Capability]); 10] = [
 
 /// Names without a number by which some programs load a library (NVIDIA Container Toolkit, internal/discover/symlinks.go),
 /// beside its SONAME.
-const LINKS: [(&str, &str); 4] = [
+const LINKS: [(&str, &str); 3] = [
     ("libcuda.so.1", "libcuda.so"),
     ("libnvidia-opticalflow.so.1", "libnvidia-opticalflow.so"),
     ("libGLX_nvidia.so.0", "libGLX_indirect.so.0"),
-    ("libnvidia-ml.so.1", "libnvidia-ml.so"),
 ];
 
 /// A bind mount.
@@ -263,4 +260,142 @@ pub fn library_dirs_in(config: &Value) -> Vec<&'static str> {
     let destinations = || mounts.into_iter().flatten().filter_map(|mount| mount.get("destination")?.as_str());
     let within = |dir: &str| destinations().any(|at| at.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/')));
     OWN_DIRS.iter().map(|(_, dir)| *dir).filter(|dir| within(dir)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn library(name: &str, soname: &str, bits: Bits) -> Library {
+        Library { source: format!("/host/{name}").into(), name: name.into(), soname: soname.into(), bits }
+    }
+
+    fn other(destination: &str) -> Other {
+        Other { source: format!("/host{destination}").into(), destination: destination.into(), options: vec![] }
+    }
+
+    fn files() -> DriverFiles {
+        let native = |name: &str, soname: &str| library(name, soname, Bits::Sixtyfour);
+        DriverFiles {
+            libraries: vec![
+                native("libGLX_nvidia.so.580.1", "libGLX_nvidia.so.0"),
+                native("libcuda.so.580.1", "libcuda.so.1"),
+                native("libnvcuvid.so.580.1", "libnvcuvid.so.1"),
+                native("libnvidia-allocator.so.580.1", "libnvidia-allocator.so.1"),
+                native("libnvidia-brandnew.so.580.1", "libnvidia-brandnew.so.580.1"),
+                native("libnvidia-ml.so.580.1", "libnvidia-ml.so.1"),
+                native("libvdpau_nvidia.so.580.1", "libvdpau_nvidia.so.1"),
+                library("libcuda.so.580.1", "libcuda.so.1", Bits::Thirtytwo),
+            ],
+            others: [
+                "/usr/bin/nvidia-smi",
+                "/usr/bin/nvidia-cuda-mps-server",
+                "/run/nvidia-persistenced/socket",
+                "/lib/firmware/nvidia/580.1/gsp_ga10x.bin",
+                "/etc/OpenCL/vendors/nvidia.icd",
+                "/usr/share/vulkan/icd.d/nvidia_icd.json",
+            ]
+            .map(other)
+            .to_vec(),
+        }
+    }
+
+    fn needed(said: &str) -> Capabilities {
+        let env = if said.is_empty() { json!([]) } else { json!([format!("{VARIABLE}={said}")]) };
+        Capabilities::of(&json!({"process": {"env": env}})).unwrap()
+    }
+
+    fn destinations(said: &str) -> Vec<String> {
+        injection(&files(), &needed(said), true).mounts.into_iter().map(|mount| mount.destination).collect()
+    }
+
+    #[test]
+    fn by_default_cuda_and_the_tools() {
+        let triplet = LOADER_DIRS[0];
+        let own = |name: &str| format!("/dev/mig-hook/lib64/{name}");
+        let mut expected = vec![
+            own("libcuda.so.580.1"),
+            own("libcuda.so.1"),
+            own("libcuda.so"),
+            own("libnvidia-allocator.so.580.1"),
+            own("libnvidia-allocator.so.1"),
+            own("libnvidia-brandnew.so.580.1"),
+            own("libnvidia-ml.so.580.1"),
+            own("libnvidia-ml.so.1"),
+        ];
+        for names in [
+            &["libcuda.so.1", "libcuda.so"][..],
+            &["libnvidia-allocator.so.1"],
+            &["libnvidia-brandnew.so.580.1"],
+            &["libnvidia-ml.so.1"],
+        ] {
+            for dir in [triplet, "/usr/lib64"] {
+                expected.extend(names.iter().map(|name| format!("{dir}/{name}")));
+            }
+        }
+        expected.extend(
+            [
+                "/usr/bin/nvidia-smi",
+                "/usr/bin/nvidia-cuda-mps-server",
+                "/run/nvidia-persistenced/socket",
+                "/lib/firmware/nvidia/580.1/gsp_ga10x.bin",
+                "/etc/OpenCL/vendors/nvidia.icd",
+            ]
+            .map(str::to_owned),
+        );
+        assert_eq!(destinations(""), expected);
+    }
+
+    #[test]
+    fn parts_are_what_a_container_asks_for() {
+        let has = |said: &str, part: &str| destinations(said).iter().any(|at| at.contains(part));
+        assert!(has("utility", "libnvidia-ml") && has("utility", "nvidia-smi"));
+        assert!(!has("utility", "libcuda") && !has("utility", "OpenCL") && !has("utility", "mps"));
+        assert!(has("utility", "socket") && has("utility", "firmware"), "these go everywhere");
+        assert!(
+            has("video", "libnvcuvid.so.1") && has("video", &format!("{}/vdpau/libvdpau_nvidia.so.1", LOADER_DIRS[0]))
+        );
+        assert!(has("graphics", "libGLX_indirect.so.0") && has("graphics", "vulkan"));
+        assert!(has("graphics", "gbm/nvidia-drm_gbm.so") && !has("compute", "gbm"));
+        assert!(!has("compute,utility,video", "libGLX"));
+        assert!(!has("compute,graphics", "lib32") && has("compute, compat32", "/dev/mig-hook/lib32/libcuda.so.1"));
+        assert!(has("all", "lib32") && has("all", "libGLX") && has("all", "nvcuvid"));
+        assert!(has("all", "/usr/lib/i386-linux-gnu/libcuda.so.1") && has("all", "/usr/lib/libcuda.so.1"));
+        assert!(!needed("").has(&[Graphics]) && needed("").with_graphics().has(&[Graphics]));
+        assert_eq!(needed(""), needed(" ,"), "nothing said is the default");
+    }
+
+    #[test]
+    fn an_unknown_part_is_an_error_that_names_the_others() {
+        let config = json!({"process": {"env": ["NVIDIA_DRIVER_CAPABILITIES=compute,cuda"]}});
+        let error = Capabilities::of(&config).unwrap_err();
+        assert!(error.contains("\"cuda\"") && error.contains("compute, compat32, graphics, utility"), "{error}");
+        assert!(Capabilities::of(&json!({"process": {"env": ["NVIDIA_DRIVER_CAPABILITIES=all,x"]}})).is_ok());
+        assert_eq!(Capabilities::of(&json!({})).unwrap(), Capabilities::default());
+    }
+
+    #[test]
+    fn where_the_image_cant_be_written_only_our_own_directory_is_used() {
+        let injection = injection(&files(), &needed("compute,compat32"), false);
+        assert!(injection.mounts.iter().all(|mount| mount.destination.starts_with(OWN_DIR)), "{injection:#?}");
+        assert_eq!(injection.library_dirs, ["/dev/mig-hook/lib64", "/dev/mig-hook/lib32"]);
+    }
+
+    #[test]
+    fn libraries_are_read_only_and_nothing_has_two_mounts() {
+        let injection = injection(&files(), &needed("all"), true);
+        let destinations: std::collections::BTreeSet<&str> =
+            injection.mounts.iter().map(|mount| mount.destination.as_str()).collect();
+        assert_eq!(destinations.len(), injection.mounts.len());
+        let libraries = injection.mounts.iter().filter(|mount| mount.destination.contains(".so"));
+        for mount in libraries {
+            assert_eq!(mount.options, ["ro", "nosuid", "nodev", "rbind", "rprivate"], "{mount:?}");
+        }
+    }
+
+    #[test]
+    fn without_files_there_is_nothing() {
+        assert_eq!(injection(&DriverFiles::default(), &needed("all"), true), Injection::default());
+    }
 }

@@ -70,7 +70,10 @@ fn soname(file: &File, header: &[u8], bits: Bits) -> Option<String> {
     let dynamic = at(file, *dynamic, size)?;
     let value = |wanted| {
         let entries = dynamic.chunks_exact(2 * word);
-        entries.map(|entry| (number(entry, 0, word), number(entry, word, word))).find(|(tag, _)| *tag == Some(wanted))?.1
+        entries
+            .map(|entry| (number(entry, 0, word), number(entry, word, word)))
+            .find(|(tag, _)| *tag == Some(wanted))?
+            .1
     };
     let (strings, name) = (value(DT_STRTAB)?, value(DT_SONAME)?);
     let (_, [offset, address, _]) = segments.iter().find(|(kind, [_, address, size])| {
@@ -100,10 +103,64 @@ fn number(bytes: &[u8], at: usize, size: usize) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::Write;
+
+    /// The least that a library consists of: header, one segment over all of it, the dynamic section, and the SONAME.
+    pub fn library(bits: Bits, soname: &str) -> Vec<u8> {
+        let wide = bits == Bits::Sixtyfour;
+        let (header, layout) = if wide { (64, WIDE) } else { (52, NARROW) };
+        let word = layout.word;
+        let dynamic = header + 2 * layout.segment;
+        let strings = dynamic + 3 * 2 * word;
+        let base = 0x10_000; // addresses are not offsets
+        let mut bytes = vec![0; strings + 1];
+        bytes.extend(soname.as_bytes());
+        bytes.push(0);
+        let size = bytes.len();
+        let mut put = |at: usize, number: usize, size: usize| {
+            bytes[at..at + size].copy_from_slice(&number.to_le_bytes()[..size]);
+        };
+        put(0, 0x464c_457f, 4);
+        put(4, if wide { 2 } else { 1 }, 1);
+        put(5, 1, 1);
+        let machine = if !wide {
+            EM_386
+        } else if cfg!(target_arch = "aarch64") {
+            EM_AARCH64
+        } else {
+            EM_X86_64
+        };
+        put(18, machine as usize, 2);
+        put(layout.segments_at, header, word);
+        put(layout.count_at, 2, 2);
+        let [offset, address, length] = layout.segment_fields;
+        for (at, kind, from, long) in
+            [(header, PT_LOAD, 0, size), (header + layout.segment, PT_DYNAMIC, dynamic, 3 * 2 * word)]
+        {
+            put(at, kind as usize, 4);
+            put(at + offset, from, word);
+            put(at + address, base + from, word);
+            put(at + length, long, word);
+        }
+        for (place, (tag, value)) in [(DT_STRTAB, base + strings), (DT_SONAME, 1)].into_iter().enumerate() {
+            put(dynamic + place * 2 * word, tag as usize, word);
+            put(dynamic + (place * 2 + 1) * word, value, word);
+        }
+        bytes
+    }
+
+    #[test]
+    fn both_kinds_are_read_and_a_soname_that_is_no_file_name_is_not() {
+        for bits in [Bits::Sixtyfour, Bits::Thirtytwo] {
+            assert_eq!(of(&library(bits, "libcuda.so.1")), Some((bits, Some("libcuda.so.1".into()))));
+            for bad in ["lib/../../etc/passwd", "libx\n", "cuda", "", &format!("lib{}", "x".repeat(200))] {
+                assert_eq!(of(&library(bits, bad)), Some((bits, None)), "{bad:?}");
+            }
+        }
+    }
 
     fn of(bytes: &[u8]) -> Option<(Bits, Option<String>)> {
         let mut file = tempfile::tempfile().unwrap();
@@ -115,7 +172,8 @@ mod tests {
     #[test]
     fn a_real_library() {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.contains("/libc.so"));
+        let path =
+            maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.contains("/libc.so"));
         let Some(path) = path else {
             eprintln!("SKIP: this test is static");
             return;
@@ -137,6 +195,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn no_damage_makes_it_panic(at in 0_usize..200, with in any::<u64>(), cut in 0_usize..260) {
+            let mut bytes = library(Bits::Sixtyfour, "libcuda.so.1");
+            if let Some(place) = bytes.get_mut(at..at + 8) {
+                place.copy_from_slice(&with.to_le_bytes());
+            }
+            of(&bytes);
+            bytes.truncate(cut);
+            of(&bytes);
+        }
+
         #[test]
         fn no_bytes_make_it_panic(rest in proptest::collection::vec(any::<u8>(), 0..300), class in 1_u8..3) {
             let mut bytes = vec![0x7f, b'E', b'L', b'F', class, 1, 1];

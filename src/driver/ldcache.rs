@@ -48,12 +48,12 @@ fn text(bytes: &[u8], at: u32) -> Option<&str> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
     /// A cache with one entry for each pair, written by the description of the format.
-    fn cache(pairs: &[(&str, &str)]) -> Vec<u8> {
+    pub fn cache(pairs: &[(&str, &str)]) -> Vec<u8> {
         let mut bytes = NEW_MAGIC.to_vec();
         let mut strings = Vec::new();
         bytes.extend((pairs.len() as u32).to_le_bytes());

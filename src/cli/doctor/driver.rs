@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Check;
 use super::program::Version;
 use crate::config::Settings;
+use crate::driver::module_version;
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{Gpu, GpuError};
 use crate::host;
@@ -62,13 +63,6 @@ fn verdict(facts: &Facts) -> Vec<Check> {
         _ => checks.push(Check::skip("driver.uvm", "nvidia-uvm and capabilities come with the kernel module")),
     }
     checks
-}
-
-/// `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build` → `580.95.05`.
-fn module_version(text: &str) -> Option<&str> {
-    let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
-    let version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
-    line.split_whitespace().find(version)
 }
 
 fn module_check(facts: &Facts, module: Option<&str>) -> Check {
