@@ -117,7 +117,7 @@ pub fn module_version(text: &str) -> Option<&str> {
 
 /// Everything of that version below a root, and the sockets at these paths where they are.
 pub fn discover(root: &Path, version: &str, sockets: &[&str]) -> DriverFiles {
-    let root = Root(root);
+    let root = Root::at(root);
     let mut libraries: Vec<Library> = Vec::new();
     for dir in root.library_dirs() {
         for below in ["", BELOW] {
@@ -168,9 +168,20 @@ fn name_of(path: &Path) -> String {
 }
 
 /// Below which everything is looked for, links too.
-struct Root<'a>(&'a Path);
+struct Root<'a> {
+    path: &'a Path,
+    /// Whose files are to be trusted.
+    owners: Vec<u32>,
+}
 
 impl Root<'_> {
+    fn at(path: &Path) -> Root<'_> {
+        let mut owners = vec![0, nix::unistd::geteuid().as_raw()];
+        // In a user namespace everybody outside is the overflow uid, root too.
+        owners.extend(first::rootless().map(|_| OVERFLOW_UID));
+        Root { path, owners }
+    }
+
     /// Where `path` leads within the root: without links, and never out of it.
     fn resolve(&self, path: &Path) -> Option<PathBuf> {
         let mut links = 0;
@@ -185,7 +196,7 @@ impl Root<'_> {
                 Component::ParentDir => drop(place.pop()),
                 Component::Normal(name) => {
                     let there = place.join(name);
-                    match fs::read_link(self.0.join(&there)) {
+                    match fs::read_link(self.path.join(&there)) {
                         Ok(target) => {
                             links += 1;
                             if links > LINKS {
@@ -199,16 +210,14 @@ impl Root<'_> {
                 Component::CurDir | Component::Prefix(_) => {}
             }
         }
-        Some(self.0.join(place))
+        Some(self.path.join(place))
     }
 
     /// What lies there, if nobody else than root may change it.
     fn trusted(&self, path: &Path) -> Option<(PathBuf, Metadata)> {
         let source = self.resolve(path)?;
         let meta = source.symlink_metadata().ok()?;
-        // In a user namespace everybody outside is the overflow uid, root too.
-        let outside = first::rootless().is_some() && meta.uid() == OVERFLOW_UID;
-        let ours = outside || meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
+        let ours = self.owners.contains(&meta.uid());
         // A socket's mode says who may speak to it.
         if meta.file_type().is_socket() || meta.is_dir() || (ours && meta.mode() & 0o022 == 0) {
             return Some((source, meta));
@@ -259,7 +268,7 @@ impl Root<'_> {
             let ours = name.starts_with("lib") && name.ends_with(&suffix);
             ours || OTHER_VERSIONS.iter().any(|beginning| name.starts_with(beginning))
         });
-        let within = |name: &str| dir.strip_prefix(self.0).ok().map(|dir| dir.join(name));
+        let within = |name: &str| dir.strip_prefix(self.path).ok().map(|dir| dir.join(name));
         let found = named.filter_map(|name| {
             let (source, meta) = self.trusted(&within(&name)?)?;
             // A link to it has another name, and is made anew from the SONAME.
@@ -423,7 +432,7 @@ mod tests {
         tree.link(&format!("usr/lib/libcuda.so.{V}"), there.to_str().unwrap());
         tree.link("lib64", "lib64");
         assert!(tree.found().is_empty(), "{:?}", tree.found());
-        let root = Root(tree.0.path());
+        let root = Root::at(tree.0.path());
         assert_eq!(root.resolve(Path::new("usr/lib/x86_64-linux-gnu")), Some(tree.path("")));
         assert_eq!(root.resolve(Path::new("lib64/x")), None, "a loop");
         assert_eq!(root.resolve(Path::new("/../a/./b/../c")), Some(tree.path("a/c")));

@@ -96,7 +96,7 @@ fn undo(world: &World, mut config: Value, bind: bool) -> Value {
         let rule = json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"});
         assert_eq!(ours.iter().filter(|r| **r == rule).count(), 1, "{ours:#?}");
     }
-    let masked = config["linux"].as_object_mut().unwrap().shift_remove("maskedPaths").unwrap();
+    let masked = config["linux"].as_object_mut().unwrap().shift_remove("maskedPaths").unwrap_or(json!([]));
     let machine = world.machine();
     let others = machine["gpus"].as_array().unwrap().iter().filter(|gpu| gpu["gpu_instances"] == json!([]));
     let hides = |gpu: &Value| format!("/proc/driver/nvidia/capabilities/gpu{}", gpu["minor"]);
