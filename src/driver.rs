@@ -111,7 +111,10 @@ pub fn version(proc_root: &Path) -> Option<String> {
 /// `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build` → `580.95.05`.
 pub fn module_version(text: &str) -> Option<&str> {
     let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
-    let version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let version = |word: &&str| {
+        let of_numbers = word.chars().all(|c| c.is_ascii_digit() || c == '.');
+        of_numbers && word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit())
+    };
     line.split_whitespace().find(version)
 }
 
@@ -128,8 +131,9 @@ pub fn discover(root: &Path, version: &str, sockets: &[&str]) -> DriverFiles {
     let mut seen = BTreeSet::new();
     libraries.retain(|library| seen.insert((library.bits, library.name.clone())));
     libraries.sort_by(|a, b| (a.bits, &a.name).cmp(&(b.bits, &b.name)));
-    if libraries.is_empty() {
-        return DriverFiles::default(); // programs without their libraries are of no use
+    // Those with versions of their own may be a distribution's; and programs are of no use without their libraries.
+    if !libraries.iter().any(|library| library.name.ends_with(version)) {
+        return DriverFiles::default();
     }
     let mut others = root.programs();
     others.extend(root.firmware(version));
@@ -151,7 +155,8 @@ pub fn named(mounts: Vec<(PathBuf, String, Vec<String>)>) -> Result<DriverFiles,
         if !source.exists() {
             return Err(source);
         }
-        match library(&source, name_of(&source)) {
+        // Not a pipe, which would keep us waiting.
+        match source.is_file().then(|| library(&source, name_of(&source))).flatten() {
             Some(library) if library.name.contains(".so") => files.libraries.push(library),
             _ => files.others.push(Other { source, destination, options }),
         }
@@ -369,7 +374,7 @@ mod tests {
         let cuda = format!("{NATIVE}/libcuda.so.{V}");
         let nvvm = format!("{NATIVE}/libnvidia-nvvm70.so.4");
         assert_eq!(tree.libraries(), pairs(&[("libcuda.so.1", &cuda), ("libnvidia-nvvm70.so.4", &nvvm)]));
-        assert!(discover(tree.0.path(), "535.1.1", &[]).libraries.iter().all(|l| l.name == "libnvidia-nvvm70.so.4"));
+        assert!(discover(tree.0.path(), "535.1.1", &[]).is_empty(), "what has a version of its own is not enough");
     }
 
     #[test]
@@ -496,6 +501,7 @@ mod tests {
             "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (x)\nGCC version: 14.2";
         assert_eq!(module_version(open), Some("580.95.05"));
         assert_eq!((module_version("GCC version: 14.2.0"), version(Path::new("/nonexistent"))), (None, None));
+        assert_eq!(module_version("NVRM version: .. x86_64"), None);
     }
 
     #[test]
@@ -505,7 +511,8 @@ mod tests {
         tree.library("libcuda.so.1.2", "libcuda.so.1", Bits::Sixtyfour);
         tree.file("nvidia-smi", b"x", 0o755);
         let entry = |path: &Path| (path.to_owned(), "/usr/bin/nvidia-smi".to_owned(), vec!["ro".to_owned()]);
-        let files = named(vec![entry(&cuda), entry(&smi)]).unwrap();
+        nix::unistd::mkfifo(&tree.path("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let files = named(vec![entry(&cuda), entry(&smi), entry(&tree.path("pipe"))]).unwrap();
         assert_eq!(
             (files.libraries[0].soname.as_str(), files.others[0].source.as_path()),
             ("libcuda.so.1", smi.as_path())
