@@ -118,7 +118,8 @@ pub fn prepend_library_path(process: &mut Value, dirs: &[&str]) -> Result<(), St
 }
 
 /// What hides the GPUs that a container has nothing of: the driver's files are the same in every /proc.
-pub fn masked_paths(gpus: &[(String, u32)], own: &[u32]) -> Vec<String> {
+pub fn masked_paths(gpus: &[(String, u32)], own: impl IntoIterator<Item = u32>) -> Vec<String> {
+    let own: Vec<u32> = own.into_iter().collect();
     let others = gpus.iter().filter(|(_, minor)| !own.contains(minor));
     others.flat_map(|(address, minor)| [format!("{MASKED_GPUS}{address}"), format!("{MASKED_CAPS}{minor}")]).collect()
 }
@@ -469,7 +470,7 @@ mod tests {
         let hooks = HookCall { program: Path::new("/x/mig-hook"), config: Some(Path::new("/c.toml")), token: "t1" };
         let environment = environment("MIG-a", "1g.10gb", false);
         strip(&mut config, MAJORS);
-        let masked = masked_paths(&[("0000:07:00.0".into(), 0), ("0000:0f:00.0".into(), 1)], &[1]);
+        let masked = masked_paths(&[("0000:07:00.0".into(), 0), ("0000:0f:00.0".into(), 1)], [1]);
         let driver = driver();
         let edit =
             Edit { nodes: &own(), environment: &environment, driver: &driver, masked: &masked, hooks, bind: true };

@@ -36,7 +36,7 @@ mod wait;
 pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
-pub use driver::{driver_files, masked_paths};
+pub use driver::driver_files;
 pub use job::published_job;
 pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};

@@ -19,7 +19,7 @@ use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
 use crate::host::{self, Host, HostError, Majors};
-use crate::injection::{self, Capabilities};
+use crate::injection::{self, Capabilities, Injection};
 use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
@@ -129,10 +129,33 @@ fn precreate(settings: &Settings) -> Result<()> {
 /// What is known of a container before anything is acquired for it.
 pub(crate) struct Prepared {
     majors: Majors,
-    driver: DriverFiles,
+    driver: Driver,
+}
+
+/// What a container may get of the driver's files.
+pub(crate) struct Driver {
+    files: DriverFiles,
     needed: Capabilities,
     /// Whether its runtime can make places for mounts in its root file system.
     writable: bool,
+}
+
+impl Driver {
+    /// By the settings and by what the container says that it needs.
+    pub(crate) fn of(settings: &Settings, config: &Value, bundle: Option<&Path>) -> Result<Driver> {
+        let files = engine::driver_files(settings)?;
+        let needed = match files.is_empty() {
+            true => Capabilities::default(),
+            false => Capabilities::of(config).map_err(Failure::BadRequest)?,
+        };
+        Ok(Driver { files, needed, writable: bundle::has_writable_root(config, bundle) })
+    }
+
+    /// For slices of these profiles.
+    pub(crate) fn injection(self, profiles: &str) -> Injection {
+        let needed = if profiles.contains("+gfx") { self.needed.with_graphics() } else { self.needed };
+        injection::injection(&self.files, &needed, self.writable)
+    }
 }
 
 /// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices: by its device
@@ -164,12 +187,7 @@ pub(crate) fn check(
     let majors = majors(&engine::host_of(settings))?;
     edits::strip(config, majors);
     check_rules(settings, config, majors, cgroup)?;
-    let driver = engine::driver_files(settings)?;
-    let needed = match driver.is_empty() {
-        true => Capabilities::default(),
-        false => Capabilities::of(config).map_err(Failure::BadRequest)?,
-    };
-    Ok(Prepared { majors, driver, needed, writable: bundle::has_writable_root(config, bundle) })
+    Ok(Prepared { majors, driver: Driver::of(settings, config, bundle)? })
 }
 
 /// Refuses a container whose /dev is not made for it by the runtime.
@@ -239,20 +257,18 @@ pub(crate) fn edit(
     }
     let nodes = engine::nodes_of(&host, &lease.slices, majors);
     check_modes(settings, &nodes)?;
-    let environment = environment(settings, lease);
-    let draws = lease.slices.iter().any(|slice| slice.profile_name.contains("+gfx"));
-    let needed = if draws { prepared.needed.with_graphics() } else { prepared.needed };
-    let driver = injection::injection(&prepared.driver, &needed, prepared.writable);
-    let masked = engine::masked_paths(&host, &lease.slices);
+    let environment = environment(settings, &lease.uuids(), &lease.profiles());
+    let driver = prepared.driver.injection(&lease.profiles());
+    let masked = edits::masked_paths(&host.gpus(), lease.slices.iter().map(|slice| slice.gpu_minor));
     let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
     let edit = Edit { nodes: &nodes, environment: &environment, driver: &driver, masked: &masked, hooks, bind };
     Ok(edits::apply(config, &edit).map_err(Failure::BadRequest)?)
 }
 
-/// The variables of a lease's processes.
-pub(crate) fn environment(settings: &Settings, lease: &Lease) -> Vec<String> {
-    edits::environment(&lease.uuids(), &lease.profiles(), settings.driver_files == DriverSource::None)
+/// The variables of the processes that have these slices.
+pub(crate) fn environment(settings: &Settings, uuids: &str, profiles: &str) -> Vec<String> {
+    edits::environment(uuids, profiles, settings.driver_files == DriverSource::None)
 }
 
 /// Releases what a failure after acquire leaves over.

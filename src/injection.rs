@@ -251,7 +251,7 @@ fn read_only(library: &Library, destination: String) -> Mount {
 /// The last value of a variable in a list of them: what a program finds.
 pub fn variable<'a>(env: Option<&'a Value>, name: &str) -> Option<&'a str> {
     let vars = env.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
-    vars.filter_map(|var| var.split_once('=')).filter(|(key, _)| *key == name).map(|(_, value)| value).last()
+    vars.filter_map(|var| var.split_once('=')).filter(|(key, _)| *key == name).map(|(_, value)| value).next_back()
 }
 
 /// The directories of ours that a config has mounts in.

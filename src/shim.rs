@@ -196,7 +196,8 @@ fn exec(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<()> {
     let (Some(file), Some(id)) = (&plan.process, plan.id.as_ref().and_then(|id| id.to_str())) else { return Ok(()) };
     let Some(lease) = Engine::open(settings, nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
     let mut process = bundle::load(file)?;
-    edits::set_environment(&mut process, &hook::environment(settings, &lease)).map_err(Refused)?;
+    edits::set_environment(&mut process, &hook::environment(settings, &lease.uuids(), &lease.profiles()))
+        .map_err(Refused)?;
     let config = lease.holder.bundle.as_ref().and_then(|bundle| bundle::load(&bundle.join("config.json")).ok());
     let dirs = config.map_or_else(Vec::new, |config| injection::library_dirs_in(&config));
     edits::prepend_library_path(&mut process, &dirs).map_err(Refused)?;

@@ -6,9 +6,6 @@ use crate::cdi;
 use crate::cdi_file;
 use crate::config::{DriverSource, Settings};
 use crate::driver::{self, DriverFiles};
-use crate::edits;
-use crate::host::Host;
-use crate::lease::Slice;
 
 use super::Failure;
 
@@ -53,10 +50,4 @@ fn from_cdi(settings: &Settings) -> Result<DriverFiles, Failure> {
         failed(&path, format!("names {}, which is not there: it is of another driver", missing.display()))
     };
     driver::named(files).map_err(stale)
-}
-
-/// What hides the GPUs of which these slices are not.
-pub fn masked_paths(host: &Host, slices: &[Slice]) -> Vec<String> {
-    let own: Vec<u32> = slices.iter().map(|slice| slice.gpu_minor).collect();
-    edits::masked_paths(&host.gpus(), &own)
 }
