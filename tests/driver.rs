@@ -354,6 +354,21 @@ fn our_own_spec_carries_the_files_too() {
     assert_eq!(world.document(&["cdi"]).get("containerEdits"), None);
 }
 
+#[test]
+fn doctor_says_what_there_is() {
+    let said = |world: &World| text(&world.migctl(&["doctor"]));
+    let world = machine();
+    assert!(said(&world).contains("containers get what they need of"), "{}", said(&world));
+    world.driver_settings("files = \"cdi\"\ncdi_spec = \"/nonexistent.yaml\"", "");
+    let stale = said(&world);
+    assert!(
+        stale.contains("fail  driver.files = \"cdi\"") && stale.contains("          write one with: nvidia-ctk"),
+        "{stale}"
+    );
+    world.driver_settings("files = \"none\"", "");
+    assert!(said(&world).contains("from the NVIDIA runtime"));
+}
+
 /// Its nvidia-smi, outside of any container: the machine's own files answer.
 #[test]
 fn the_trees_nvidia_smi_lists_slices() {
