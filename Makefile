@@ -46,9 +46,12 @@ build: ## build as shipped, with the simulator, into target/dist
 	host=$$($(RUSTC) -vV | sed -n 's/^host: //p') && \
 	RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=pie' $(CARGO) build --release --locked \
 	    --no-default-features --bin mig-hook --bin mig-runtime --target "$$host" --target-dir target/first-stage && \
+	RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=pie' $(CARGO) build --release --locked \
+	    --package mig-hook-sim --bin nvml-sim-smi --target "$$host" --target-dir target/first-stage && \
 	mkdir -p $(DIST) && \
 	cd target && install -m 755 "first-stage/$$host/release/mig-hook" "first-stage/$$host/release/mig-runtime" \
-	    release/mig-engine release/migctl release/nvml-sim release/libnvidia_ml.so dist/
+	    "first-stage/$$host/release/nvml-sim-smi" release/mig-engine release/migctl release/nvml-sim \
+	    release/libnvidia_ml.so dist/
 
 demo: ## real containers on a simulated machine, step by step (root; installs what is missing, touches nothing else)
 	@scripts/demo

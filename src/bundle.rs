@@ -257,6 +257,14 @@ impl<'de> Visitor<'de> for Strict<'_> {
     }
 }
 
+/// Whether the root file system of a config can be written, so that its runtime can make places for mounts there. One that
+/// the container alone may not write can.
+pub fn has_writable_root(config: &Value, bundle: Option<&Path>) -> bool {
+    let Some(root) = config.pointer("/root/path").and_then(Value::as_str) else { return true };
+    let stat = nix::sys::statvfs::statvfs(&bundle.unwrap_or(Path::new("")).join(root));
+    stat.map_or(true, |stat| !stat.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY))
+}
+
 /// Whether /dev in a config's root file system is a symbolic link. runc 1.1 and crun 1.8 follow one out of the container,
 /// and crun makes the nodes where it points.
 pub fn dev_is_link(config: &Value, bundle: Option<&Path>) -> bool {

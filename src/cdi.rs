@@ -1,13 +1,15 @@
 //! A CDI spec for slices that exist: what `--device mig-hook.io/slice=…` of docker, podman, containerd and Apptainer
-//! reads. Fields and versions: cncf-tags/container-device-interface, SPEC.md.
+//! reads; and what a spec of NVIDIA's says of the driver's files. Fields and versions: cncf-tags/container-device-interface,
+//! SPEC.md.
 //!
-//! Own structs, for writing only: the crate `container-device-interface` brings a JSON-schema engine, YAML and clap.
+//! Own structs: the crate `container-device-interface` brings a JSON-schema engine, YAML and clap.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::edits::{self, HOOK_ENVIRONMENT, Node, POSTSTOP_TIMEOUT, hook_words};
+use crate::injection;
 
 /// Vendor and class of our devices.
 pub const KIND: &str = "mig-hook.io/slice";
@@ -21,6 +23,22 @@ pub struct Spec {
     cdi_version: &'static str,
     kind: &'static str,
     devices: Vec<Device>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container_edits: Option<CommonEdits>,
+}
+
+/// What every device of the spec brings: the driver's files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct CommonEdits {
+    mounts: Vec<Mount>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Mount {
+    host_path: PathBuf,
+    container_path: String,
+    options: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,14 +106,22 @@ pub struct Claim<'a> {
     pub config: Option<&'a Path>,
 }
 
-/// The spec of these devices; `None` when there are none. `dev_root`: where the host's nodes are.
-pub fn spec(offers: &[Offer], dev_root: &Path) -> Option<Spec> {
+/// The spec of these devices; `None` when there are none. `dev_root`: where the host's nodes are; `driver`: what a container
+/// gets of the driver with any of them.
+pub fn spec(offers: &[Offer], dev_root: &Path, driver: Vec<injection::Mount>) -> Option<Spec> {
     let devices: Vec<Device> = offers.iter().map(|offer| device(offer, dev_root)).collect();
     let digit_first = devices.iter().any(|d| d.name.starts_with(|c: char| c.is_ascii_digit()));
     let elsewhere = devices.iter().flat_map(|d| &d.container_edits.device_nodes).any(|n| n.host_path.is_some());
     // The lowest that has what is used: an engine refuses a version that it does not know. Both came with 0.5.0.
     let cdi_version = if digit_first || elsewhere { "0.5.0" } else { "0.3.0" };
-    (!devices.is_empty()).then_some(Spec { cdi_version, kind: KIND, devices })
+    let mount = |mount: injection::Mount| Mount {
+        host_path: mount.source,
+        container_path: mount.destination,
+        options: mount.options,
+    };
+    let mounts: Vec<Mount> = driver.into_iter().map(mount).collect();
+    let container_edits = (!mounts.is_empty()).then_some(CommonEdits { mounts });
+    (!devices.is_empty()).then_some(Spec { cdi_version, kind: KIND, devices, container_edits })
 }
 
 fn device(offer: &Offer, dev_root: &Path) -> Device {
@@ -122,7 +148,7 @@ fn device(offer: &Offer, dev_root: &Path) -> Device {
         // UUIDs of drivers before branch 470 have slashes, which no device name may.
         name: offer.name.replace('/', "."),
         container_edits: ContainerEdits {
-            env: edits::environment(offer.uuids, offer.profiles),
+            env: edits::environment(offer.uuids, offer.profiles, false),
             device_nodes: offer.nodes.iter().map(node).collect(),
             hooks: offer.claim.as_ref().map(hooks).into_iter().flatten().collect(),
         },
@@ -140,6 +166,54 @@ impl Spec {
 pub fn is_ours(text: &str) -> bool {
     let spec: Option<serde_json::Value> = serde_json::from_str(text).ok();
     spec.is_some_and(|spec| spec.get("kind").is_some_and(|kind| kind == KIND))
+}
+
+/// Kind of the specs that `nvidia-ctk cdi generate` writes.
+pub const NVIDIA_KIND: &str = "nvidia.com/gpu";
+/// Below these nothing of a driver's files belongs.
+const NO_FILES: [&str; 3] = ["/dev/", "/proc/", "/sys/"];
+
+/// A file of the driver that a spec names: where it is, where a container has it, and the mount's options.
+pub type NamedFile = (PathBuf, String, Vec<String>);
+
+/// The driver's files in the text (JSON or YAML) of a spec of NVIDIA's: the mounts that all its devices have in common.
+/// `None` where it is another vendor's or has none. Nodes and hooks are left alone: nodes are given one by one, and
+/// NVIDIA's hooks run as root in the container's own file system, for what is done here without (links, ldconfig).
+pub fn driver_files(text: &str) -> Result<Option<Vec<NamedFile>>, String> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Spec {
+        #[serde(default)]
+        kind: String,
+        #[serde(default)]
+        container_edits: Edits,
+    }
+    #[derive(Default, Deserialize)]
+    struct Edits {
+        #[serde(default)]
+        mounts: Vec<Mount>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Mount {
+        host_path: PathBuf,
+        container_path: String,
+        #[serde(default)]
+        options: Vec<String>,
+    }
+    let spec: Spec = serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+    if spec.kind != NVIDIA_KIND {
+        return Ok(None);
+    }
+    let is_file = |mount: &Mount| {
+        let path = &mount.container_path;
+        let plain = path.starts_with('/') && !path.split('/').any(|part| part == "..");
+        let bind = mount.options.iter().any(|option| option == "bind" || option == "rbind");
+        plain && bind && mount.host_path.is_absolute() && !NO_FILES.iter().any(|below| path.starts_with(below))
+    };
+    let files = spec.container_edits.mounts.into_iter().filter(is_file);
+    let files: Vec<NamedFile> = files.map(|mount| (mount.host_path, mount.container_path, mount.options)).collect();
+    Ok((!files.is_empty()).then_some(files))
 }
 
 #[cfg(test)]
@@ -164,7 +238,7 @@ mod tests {
     }
 
     fn value(offers: &[Offer], dev_root: &str) -> Value {
-        serde_json::from_str(&spec(offers, Path::new(dev_root)).unwrap().text().unwrap()).unwrap()
+        serde_json::from_str(&spec(offers, Path::new(dev_root), vec![]).unwrap().text().unwrap()).unwrap()
     }
 
     #[test]
@@ -227,8 +301,49 @@ mod tests {
 
     #[test]
     fn no_device_is_no_spec_and_ours_are_known() {
-        assert_eq!(spec(&[], Path::new("/dev")), None);
-        assert!(is_ours(&spec(&[offer(UUID, None)], Path::new("/dev")).unwrap().text().unwrap()));
+        assert_eq!(spec(&[], Path::new("/dev"), vec![]), None);
+        assert!(is_ours(&spec(&[offer(UUID, None)], Path::new("/dev"), vec![]).unwrap().text().unwrap()));
         assert!(!is_ours("{\"cdiVersion\": \"0.5.0\", \"kind\": \"nvidia.com/gpu\"}") && !is_ours("text"));
+    }
+
+    #[test]
+    fn the_drivers_files_of_a_spec_are_its_common_bind_mounts() {
+        let mount = |at: &str, options: &[&str]| json!({"hostPath": "/h/x", "containerPath": at, "options": options});
+        let spec = json!({
+            "cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "x-new": 1,
+            "devices": [{"name": "0", "containerEdits": {"mounts": [mount("/of/one", &["rbind"])]}}],
+            "containerEdits": {
+                "hooks": [{"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook"}],
+                "mounts": [
+                    mount("/usr/lib/libcuda.so.1", &["ro", "rbind"]),
+                    mount("/dev/nvidia1", &["rbind"]),
+                    mount("/proc/driver/nvidia/params", &["bind"]),
+                    mount("/usr/../dev/nvidia1", &["bind"]),
+                    mount("relative", &["bind"]),
+                    mount("/tmpfs", &["mode=755"]),
+                ],
+            },
+        });
+        let own = ["ro", "rbind"].map(str::to_owned).to_vec();
+        let expected = vec![(PathBuf::from("/h/x"), "/usr/lib/libcuda.so.1".to_owned(), own)];
+        assert_eq!(driver_files(&spec.to_string()), Ok(Some(expected)));
+        assert_eq!(driver_files("kind: example.com/gpu"), Ok(None));
+        assert_eq!(driver_files("kind: nvidia.com/gpu"), Ok(None), "without files");
+        assert!(driver_files("- a\n- [").is_err());
+    }
+
+    #[test]
+    fn what_every_device_brings_stands_once() {
+        let mount = injection::Mount {
+            source: "/h/libcuda.so.1.2".into(),
+            destination: "/usr/lib64/libcuda.so.1".into(),
+            options: vec!["ro".into(), "rbind".into()],
+        };
+        let spec = spec(&[offer(UUID, None)], Path::new("/dev"), vec![mount]).unwrap();
+        let spec: Value = serde_json::from_str(&spec.text().unwrap()).unwrap();
+        let expected = json!({"mounts": [
+            {"hostPath": "/h/libcuda.so.1.2", "containerPath": "/usr/lib64/libcuda.so.1", "options": ["ro", "rbind"]},
+        ]});
+        assert_eq!(spec["containerEdits"], expected);
     }
 }

@@ -1,9 +1,35 @@
-//! The file of a CDI spec, in a directory that engines watch: replaced in one step, and only when it changes.
+//! Files of CDI specs, in directories that engines watch: ours is replaced in one step, and only when it changes; others' are
+//! read.
 
 use std::fs::{self, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// Directories of specs, those that go before others first (SPEC.md, "Conflict resolution").
+pub const DIRS: [&str; 2] = ["/var/run/cdi", "/etc/cdi"];
+/// Largest spec that is read, in bytes. One of NVIDIA's has 20 KB.
+const LIMIT: u64 = 4 << 20;
+
+/// The text of each spec in some directories, in order; what can't be read is left out.
+pub fn texts<'a>(dirs: &'a [&'a Path]) -> impl Iterator<Item = (PathBuf, String)> + 'a {
+    let in_dir = |dir: &&Path| {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut paths: Vec<PathBuf> = entries
+            .filter(|path| path.extension().is_some_and(|e| ["json", "yaml", "yml"].iter().any(|known| e == *known)))
+            .collect();
+        paths.sort();
+        paths
+    };
+    dirs.iter().flat_map(in_dir).filter_map(|path| Some((path.clone(), text(&path).ok()?)))
+}
+
+/// The text of a spec.
+pub fn text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(path)?.take(LIMIT).read_to_string(&mut text)?;
+    Ok(text)
+}
 
 /// Makes `text` the content of `path`; `None` removes it. A file that `is_ours` does not know is left alone: an error. True
 /// when something changed.

@@ -166,7 +166,7 @@ impl Site {
             .map(live_node)
             .collect();
         self.live.make_nodes(&nodes)?;
-        let environment = edits::environment(&lease.uuids(), &lease.profiles());
+        let environment = hook::environment(settings, &lease.uuids(), &lease.profiles());
         let uuids = lease.uuids().replace(',', "\n") + "\n";
         self.live.tell(&[("uuids", uuids), ("environment", environment.join("\n") + "\n")])?;
         Ok(self.cgroup.allow(&nodes)?)

@@ -40,6 +40,9 @@ struct DriverFragment {
     nvml: Option<PathBuf>,
     proc_root: Option<PathBuf>,
     dev_root: Option<PathBuf>,
+    files: DriverSource,
+    cdi_spec: Option<PathBuf>,
+    sockets: Option<Vec<Socket>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -105,12 +108,15 @@ struct JobsFragment {
 }
 
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 25] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
     "driver.proc_root",
     "driver.dev_root",
+    "driver.files",
+    "driver.cdi_spec",
+    "driver.sockets",
     "runtime.path",
     "limits.profiles",
     "limits.slices_per_container",
@@ -132,6 +138,42 @@ const KEYS: [&str; 22] = [
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
 const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
+
+/// Who says which of the driver's files a container gets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverSource {
+    /// We: what is found of the running version.
+    #[default]
+    Auto,
+    /// A CDI spec of NVIDIA's.
+    Cdi,
+    /// A stacked NVIDIA runtime, which is told the slices.
+    None,
+}
+
+/// A socket by which the driver's daemons are spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Socket {
+    /// nvidia-persistenced's.
+    Persistenced,
+    /// nvidia-fabricmanager's.
+    Fabricmanager,
+    /// The directory of the MPS control daemon's pipes.
+    Mps,
+}
+
+impl Socket {
+    /// Where it is, on the host and in a container.
+    pub fn path(self) -> &'static str {
+        match self {
+            Socket::Persistenced => "/run/nvidia-persistenced/socket",
+            Socket::Fabricmanager => "/run/nvidia-fabricmanager/socket",
+            Socket::Mps => "/tmp/nvidia-mps",
+        }
+    }
+}
 
 /// What may be done with slices that we did not create.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -159,6 +201,12 @@ pub struct Settings {
     pub proc_root: PathBuf,
     /// Where the host's device nodes are (`driver.dev_root`).
     pub dev_root: PathBuf,
+    /// `driver.files`.
+    pub driver_files: DriverSource,
+    /// The CDI spec of the driver (`driver.cdi_spec`); `None`: the first that is found.
+    pub driver_cdi_spec: Option<PathBuf>,
+    /// Sockets that containers get where they are (`driver.sockets`).
+    pub sockets: Vec<Socket>,
     /// The low-level runtime (`runtime.path`).
     pub runtime: Option<PathBuf>,
     /// Profiles that may be asked for (`limits.profiles`); `None`: all.
@@ -306,6 +354,9 @@ impl Settings {
             proc_root: absolute("driver.proc_root", driver.proc_root)?.unwrap_or(default.proc_root),
             dev_root: absolute("driver.dev_root", driver.dev_root)?.unwrap_or(default.dev_root),
             driver_root: default.driver_root,
+            driver_files: driver.files,
+            driver_cdi_spec: absolute("driver.cdi_spec", driver.cdi_spec)?,
+            sockets: driver.sockets.unwrap_or(default.sockets),
             runtime: absolute("runtime.path", runtime.path)?,
             profiles: limits.profiles,
             slices_per_container: limits.slices_per_container.unwrap_or(default.slices_per_container),
@@ -335,6 +386,9 @@ impl Settings {
             proc_root: "/proc".into(),
             dev_root: driver_root.join("dev"),
             driver_root,
+            driver_files: DriverSource::Auto,
+            driver_cdi_spec: None,
+            sockets: vec![Socket::Persistenced],
             runtime: None,
             profiles: None,
             slices_per_container: 8,
@@ -459,6 +513,8 @@ mod tests {
                 "limits.slices_per_container" => "2",
                 "limits.profiles" | "limits.gpus" => "[\"0\"]",
                 "slices.foreign" => "\"idle\"",
+                "driver.files" => "\"cdi\"",
+                "driver.sockets" => "[\"mps\"]",
                 "placement.policy" => "\"binpack\"",
                 "requests.environment" | "requests.open_device_rules" | "jobs.confine" => "true",
                 "log.level" => "\"debug\"",
@@ -541,6 +597,8 @@ mod tests {
             ("placement.policy = \"best\"", "scc, first-fit"),
             ("limits.slices_per_container = 0", "at least 1"),
             ("slices.foreign = \"all\"", "idle"),
+            ("driver.files = \"all\"", "cdi"),
+            ("driver.sockets = [\"x\"]", "fabricmanager"),
             ("cdi.spec = \"/etc/cdi/x\"", ".json"),
             ("queue.max_wait = \"long\"", "queue.max_wait = \"long\" is no time, as 30s, 5m or 1h"),
             ("jobs.wait = \"long\"", "jobs.wait"),

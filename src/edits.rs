@@ -9,6 +9,7 @@ use oci_spec::runtime::{HookBuilder, LinuxDeviceBuilder, LinuxDeviceCgroupBuilde
 use serde_json::{Value, json};
 
 use crate::host::{Majors, NodeMode};
+use crate::injection::{self, Injection};
 
 /// Annotation that marks an edited config with the lease's token.
 pub const LEASE: &str = "mig.lease";
@@ -72,10 +73,10 @@ pub fn nodes(given: &[Given], majors: Majors, host: impl Fn(&str, u32, u32) -> O
     nodes
 }
 
-/// The variables that a slice's processes get.
-pub fn environment(uuids: &str, profiles: &str) -> Vec<String> {
-    // `void` keeps a stacked NVIDIA runtime from injecting every GPU again.
-    let values = [uuids, "void", uuids, profiles];
+/// The variables that a slice's processes get. `delegate`: a stacked NVIDIA runtime is to bring the driver's files, for
+/// just these slices; otherwise it is kept from adding every GPU again.
+pub fn environment(uuids: &str, profiles: &str, delegate: bool) -> Vec<String> {
+    let values = [uuids, if delegate { uuids } else { "void" }, uuids, profiles];
     VARIABLES.iter().zip(values).map(|(key, value)| format!("{key}={value}")).collect()
 }
 
@@ -93,6 +94,38 @@ pub fn set_environment(process: &mut Value, variables: &[String]) -> Result<(), 
     env.extend(variables.iter().cloned().map(Value::String));
     Ok(())
 }
+
+/// Variable of directories that a loader looks through first; musl's too.
+const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+
+/// Puts directories of ours before those that a process object has its loader look through.
+pub fn prepend_library_path(process: &mut Value, dirs: &[&str]) -> Result<(), String> {
+    if dirs.is_empty() {
+        return Ok(());
+    }
+    let theirs = injection::variable(process.get("env"), LIBRARY_PATH).unwrap_or_default();
+    let theirs = theirs.split(':').filter(|dir| !dirs.contains(dir)).collect::<Vec<_>>().join(":");
+    let mut path = dirs.join(":");
+    // An empty part would be the working directory.
+    if !theirs.is_empty() {
+        path += &format!(":{theirs}");
+    }
+    let object = process.as_object_mut().ok_or("process is not an object")?;
+    if let Some(env) = object.get_mut("env").and_then(Value::as_array_mut) {
+        env.retain(|var| var.as_str().and_then(|var| var.split_once('=')).is_none_or(|(key, _)| key != LIBRARY_PATH));
+    }
+    set_environment(process, &[format!("{LIBRARY_PATH}={path}")])
+}
+
+/// What hides the GPUs that a container has nothing of: the driver's files are the same in every /proc.
+pub fn masked_paths(gpus: &[(String, u32)], own: impl IntoIterator<Item = u32>) -> Vec<String> {
+    let own: Vec<u32> = own.into_iter().collect();
+    let others = gpus.iter().filter(|(_, minor)| !own.contains(minor));
+    others.flat_map(|(address, minor)| [format!("{MASKED_GPUS}{address}"), format!("{MASKED_CAPS}{minor}")]).collect()
+}
+
+const MASKED_GPUS: &str = "/proc/driver/nvidia/gpus/";
+const MASKED_CAPS: &str = "/proc/driver/nvidia/capabilities/gpu";
 
 /// How the hooks that we write call us: nothing of the container's, everything absolute.
 #[derive(Debug, Clone, Copy)]
@@ -133,6 +166,10 @@ pub struct Edit<'a> {
     pub nodes: &'a [Node],
     /// Variables.
     pub environment: &'a [String],
+    /// The driver's files.
+    pub driver: &'a Injection,
+    /// Paths that are hidden.
+    pub masked: &'a [String],
     /// Our hooks.
     pub hooks: HookCall<'a>,
     /// Whether a createRuntime hook must bind the container: where no pid file will tell who it is.
@@ -158,7 +195,11 @@ pub fn strip(config: &mut Value, majors: Majors) {
     let is_nvidia_path = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).is_some_and(nvidia_path);
     list(config, "/linux/devices", &|d| !is_nvidia_path(d, "path") && !of_major(d, majors));
     list(config, "/linux/resources/devices", &|r| !of_major(r, majors) || r.get("allow") == Some(&Value::Bool(false)));
-    list(config, "/mounts", &|m| !is_nvidia_path(m, "destination"));
+    let is_ours =
+        |m: &Value| m.get("destination").and_then(Value::as_str).is_some_and(|at| at.starts_with(injection::OWN_DIR));
+    list(config, "/mounts", &|m| !is_nvidia_path(m, "destination") && !is_ours(m));
+    let is_mask = |p: &Value| p.as_str().is_some_and(|p| p.starts_with(MASKED_GPUS) || p.starts_with(MASKED_CAPS));
+    list(config, "/linux/maskedPaths", &|p| !is_mask(p));
 }
 
 /// Whether a config's hooks are those of this very lease: what makes its `mig.lease` believable.
@@ -221,6 +262,7 @@ fn nvidia_majors(majors: Majors) -> impl Iterator<Item = u32> {
 pub fn apply(config: &mut Value, edit: &Edit) -> Result<(), String> {
     make_nodes(config, edit.nodes)?;
     set_environment(config.get_mut("process").ok_or("config has no process")?, edit.environment)?;
+    give_driver(config, edit.driver, edit.masked)?;
     let annotations = as_object(config)?.entry("annotations").or_insert(json!({}));
     if annotations.is_null() {
         *annotations = json!({});
@@ -281,6 +323,29 @@ pub fn bind_nodes(config: &mut Value, nodes: &[Node], dev_root: &Path) -> Result
         mounts.push(value_of(mount.build())?);
     }
     Ok(())
+}
+
+/// Mounts the driver's files, has the loader look there first, and hides these paths.
+pub fn give_driver(config: &mut Value, driver: &Injection, masked: &[String]) -> Result<(), String> {
+    if !masked.is_empty() {
+        let paths = array_at(object_at(config, "linux")?, "maskedPaths")?;
+        paths.extend(masked.iter().cloned().map(Value::String));
+    }
+    if !driver.mounts.is_empty() {
+        let mounts = array_at(config, "mounts")?;
+        let of_ours = |at: &str| driver.mounts.iter().any(|ours| ours.destination == at);
+        mounts.retain(|m| !m.get("destination").and_then(Value::as_str).is_some_and(of_ours));
+        for mount in &driver.mounts {
+            let mount = MountBuilder::default()
+                .destination(&mount.destination)
+                .typ("bind")
+                .source(&mount.source)
+                .options(mount.options.clone());
+            mounts.push(value_of(mount.build())?);
+        }
+    }
+    let process = config.get_mut("process").ok_or("config has no process")?;
+    prepend_library_path(process, &driver.library_dirs)
 }
 
 /// A part that we build ourselves, typed by oci-spec, as it goes into a config.
@@ -403,10 +468,34 @@ mod tests {
 
     fn edited(mut config: Value) -> Value {
         let hooks = HookCall { program: Path::new("/x/mig-hook"), config: Some(Path::new("/c.toml")), token: "t1" };
-        let environment = environment("MIG-a", "1g.10gb");
+        let environment = environment("MIG-a", "1g.10gb", false);
         strip(&mut config, MAJORS);
-        apply(&mut config, &Edit { nodes: &own(), environment: &environment, hooks, bind: true }).unwrap();
+        let masked = masked_paths(&[("0000:07:00.0".into(), 0), ("0000:0f:00.0".into(), 1)], [1]);
+        let driver = driver();
+        let edit =
+            Edit { nodes: &own(), environment: &environment, driver: &driver, masked: &masked, hooks, bind: true };
+        apply(&mut config, &edit).unwrap();
         config
+    }
+
+    fn driver() -> Injection {
+        let mount = |source: &str, destination: &str| injection::Mount {
+            source: source.into(),
+            destination: destination.into(),
+            options: vec!["ro".into(), "rbind".into()],
+        };
+        Injection {
+            mounts: vec![
+                mount("/usr/lib/libcuda.so.1.2", "/dev/mig-hook/lib64/libcuda.so.1"),
+                mount("/usr/lib/libcuda.so.1.2", "/usr/lib64/libcuda.so.1"),
+            ],
+            library_dirs: vec!["/dev/mig-hook/lib64"],
+        }
+    }
+
+    fn bare<'a>(nodes: &'a [Node], environment: &'a [String], hooks: HookCall<'a>) -> Edit<'a> {
+        static NOTHING: Injection = Injection { mounts: vec![], library_dirs: vec![] };
+        Edit { nodes, environment, driver: &NOTHING, masked: &[], hooks, bind: true }
     }
 
     fn docker_like() -> Value {
@@ -462,7 +551,8 @@ mod tests {
                 "CUDA_VISIBLE_DEVICES=MIG-a",
                 "NVIDIA_VISIBLE_DEVICES=void",
                 "MIG_DEVICE_UUIDS=MIG-a",
-                "MIG_DEVICE_PROFILES=1g.10gb"
+                "MIG_DEVICE_PROFILES=1g.10gb",
+                "LD_LIBRARY_PATH=/dev/mig-hook/lib64"
             ])
         );
         assert_eq!(config["annotations"], json!({"mig.profile": "1g.10gb", "mig.lease": "t1"}));
@@ -521,6 +611,49 @@ mod tests {
     fn a_user_namespace_is_seen() {
         let of = |kind: &str| has_user_namespace(&json!({"linux": {"namespaces": [{"type": "pid"}, {"type": kind}]}}));
         assert!(of("user") && !of("mount") && !has_user_namespace(&json!({"linux": null})));
+    }
+
+    #[test]
+    fn the_drivers_files_are_mounted_once_and_found_first() {
+        let mut config = docker_like();
+        config["mounts"] = json!([
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/usr/lib64/libcuda.so.1", "type": "bind", "source": "/theirs", "options": ["bind"]},
+            {"destination": "/dev/mig-hook/lib64/libold.so.1", "type": "bind", "source": "/old", "options": ["bind"]},
+        ]);
+        config["process"]["env"] = json!(["LD_LIBRARY_PATH=/a", "LD_LIBRARY_PATH=/usr/local/cuda/compat::/b"]);
+        let config = edited(config);
+        let mount = |at: &str| json!({"destination": at, "type": "bind", "source": "/usr/lib/libcuda.so.1.2", "options": ["ro", "rbind"]});
+        let expected = [
+            json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}),
+            mount("/dev/mig-hook/lib64/libcuda.so.1"),
+            mount("/usr/lib64/libcuda.so.1"),
+        ];
+        assert_eq!(config["mounts"], json!(expected));
+        let env = config["process"]["env"].as_array().unwrap();
+        let path: Vec<&Value> = env.iter().filter(|v| v.as_str().unwrap().starts_with("LD_LIBRARY_PATH")).collect();
+        assert_eq!(path, ["LD_LIBRARY_PATH=/dev/mig-hook/lib64:/usr/local/cuda/compat::/b"]);
+        assert_eq!(injection::library_dirs_in(&config), ["/dev/mig-hook/lib64"]);
+        let mut process = json!({"env": ["A=b"]});
+        prepend_library_path(&mut process, &["/dev/mig-hook/lib64"]).unwrap();
+        assert_eq!(process["env"], json!(["A=b", "LD_LIBRARY_PATH=/dev/mig-hook/lib64"]));
+        prepend_library_path(&mut process, &[]).unwrap();
+        assert_eq!(process["env"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn other_gpus_are_hidden_and_ones_own_is_not() {
+        let mut config = docker_like();
+        config["linux"]["maskedPaths"] = json!(["/proc/kcore", "/proc/driver/nvidia/gpus/0000:0f:00.0"]);
+        let masked = ["/proc/kcore", "/proc/driver/nvidia/gpus/0000:07:00.0", "/proc/driver/nvidia/capabilities/gpu0"];
+        assert_eq!(edited(config)["linux"]["maskedPaths"], json!(masked));
+    }
+
+    #[test]
+    fn a_stacked_runtime_is_told_the_slices_where_it_brings_the_driver() {
+        let visible = |delegate| environment("MIG-a,MIG-b", "x", delegate)[1].clone();
+        assert_eq!(visible(false), "NVIDIA_VISIBLE_DEVICES=void");
+        assert_eq!(visible(true), "NVIDIA_VISIBLE_DEVICES=MIG-a,MIG-b");
     }
 
     #[test]
@@ -597,10 +730,7 @@ mod tests {
         ] {
             let mut config = config;
             strip(&mut config, MAJORS);
-            assert!(
-                apply(&mut config, &Edit { nodes: &own(), environment: &["A=b".into()], hooks, bind: true }).is_err(),
-                "{config}"
-            );
+            assert!(apply(&mut config, &bare(&own(), &["A=b".into()], hooks)).is_err(), "{config}");
         }
     }
 
@@ -640,7 +770,7 @@ mod tests {
             strip(&mut config, MAJORS);
             let seen = open_rule(&config, MAJORS).is_some();
             let hooks = HookCall { program: Path::new("/x/mig-hook"), config: None, token: "t1" };
-            if apply(&mut config, &Edit { nodes: &own(), environment: &[], hooks, bind: false }).is_ok() {
+            if apply(&mut config, &Edit { bind: false, ..bare(&own(), &[], hooks) }).is_ok() {
                 let rules = config["linux"]["resources"]["devices"].as_array().unwrap();
                 let foreign = rules.iter().any(|r| allows(r) && r["major"] == 195 && r["minor"] == 0);
                 prop_assert!(!foreign || seen);

@@ -24,6 +24,7 @@ use crate::store::{Lock, Store, StoreError};
 mod choose;
 mod cordon;
 mod destroy;
+mod driver;
 mod job;
 mod keep;
 mod layout;
@@ -35,6 +36,7 @@ mod wait;
 pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
+pub use driver::driver_files;
 pub use job::published_job;
 pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};
@@ -100,6 +102,9 @@ pub enum Failure {
     /// The cgroup of a command or a job is not as it should be.
     #[error(transparent)]
     Cgroup(#[from] ContainerError),
+    /// The driver's files can't be given as the settings say.
+    #[error("{0}")]
+    Driver(String),
     /// A CDI spec can't be written.
     #[error("cannot write the CDI spec {path}: {source}")]
     Spec {

@@ -10,14 +10,16 @@ use serde_json::Value;
 
 use crate::bundle;
 use crate::classic;
-use crate::config::{self, Settings};
+use crate::config::{self, DriverSource, Settings};
 use crate::container::Cgroup;
+use crate::driver::DriverFiles;
 use crate::edits::{self, Edit, HookCall, Node};
 use crate::engine::{self, Binding, Engine, Failure, Released};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::handover;
 use crate::host::{self, Host, HostError, Majors};
+use crate::injection::{self, Capabilities, Injection};
 use crate::lease::{Holder, Lease, Way};
 use crate::report::{self, Exit, Misused, Refused};
 use crate::request::{self, Request};
@@ -114,14 +116,46 @@ fn precreate(settings: &Settings) -> Result<()> {
     let Some(request) = asked? else { return Ok(print(&bytes)?) };
     let mut value = config.certain(shown)?;
     // podman names a cgroup for every container but one with --cgroups=disabled.
-    let majors = prepare(settings, &mut value, &holder, &request, holder.cgroup.is_some())?;
+    let prepared = prepare(settings, &mut value, &holder, &request, holder.cgroup.is_some())?;
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
     let lease = engine.acquire(&request, &holder)?;
-    let handed_on = edit(settings, &lease, majors, &mut value, true).and_then(|()| {
+    let handed_on = edit(settings, &lease, prepared, &mut value, true).and_then(|()| {
         print(&serde_json::to_vec(&value)?).context("cannot write the edited config to standard output")
     });
     handed_on.inspect_err(|_| give_back(&engine, &lease.token))
+}
+
+/// What is known of a container before anything is acquired for it.
+pub(crate) struct Prepared {
+    majors: Majors,
+    driver: Driver,
+}
+
+/// What a container may get of the driver's files.
+pub(crate) struct Driver {
+    files: DriverFiles,
+    needed: Capabilities,
+    /// Whether its runtime can make places for mounts in its root file system.
+    writable: bool,
+}
+
+impl Driver {
+    /// By the settings and by what the container says that it needs.
+    pub(crate) fn of(settings: &Settings, config: &Value, bundle: Option<&Path>) -> Result<Driver> {
+        let files = engine::driver_files(settings)?;
+        let needed = match files.is_empty() {
+            true => Capabilities::default(),
+            false => Capabilities::of(config).map_err(Failure::BadRequest)?,
+        };
+        Ok(Driver { files, needed, writable: bundle::has_writable_root(config, bundle) })
+    }
+
+    /// For slices of these profiles.
+    pub(crate) fn injection(self, profiles: &str) -> Injection {
+        let needed = if profiles.contains("+gfx") { self.needed.with_graphics() } else { self.needed };
+        injection::injection(&self.files, &needed, self.writable)
+    }
 }
 
 /// Takes earlier edits out of a config, and refuses a container that could not be kept to its own slices: by its device
@@ -132,7 +166,7 @@ pub(crate) fn prepare(
     holder: &Holder,
     request: &Request,
     cgroup: bool,
-) -> Result<Majors> {
+) -> Result<Prepared> {
     let prepared = check(settings, config, holder.bundle.as_deref(), cgroup, Host::majors);
     prepared.inspect_err(|error| engine::audit_refusal(holder, Some(request), &report::sentence(error)))
 }
@@ -144,7 +178,7 @@ pub(crate) fn check(
     bundle: Option<&Path>,
     cgroup: bool,
     majors: impl FnOnce(&Host) -> Result<Majors, HostError>,
-) -> Result<Majors> {
+) -> Result<Prepared> {
     check_dev(config, bundle)?;
     if !edits::claimed(config).is_empty() {
         let twice = "the container asks by annotation or environment, and by --device; leave one of them out";
@@ -153,7 +187,7 @@ pub(crate) fn check(
     let majors = majors(&engine::host_of(settings))?;
     edits::strip(config, majors);
     check_rules(settings, config, majors, cgroup)?;
-    Ok(majors)
+    Ok(Prepared { majors, driver: Driver::of(settings, config, bundle)? })
 }
 
 /// Refuses a container whose /dev is not made for it by the runtime.
@@ -203,8 +237,15 @@ pub(crate) fn open_sentence(why: &str) -> String {
 }
 
 /// Writes a lease's slices into a prepared config.
-pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &mut Value, bind: bool) -> Result<()> {
+pub(crate) fn edit(
+    settings: &Settings,
+    lease: &Lease,
+    prepared: Prepared,
+    config: &mut Value,
+    bind: bool,
+) -> Result<()> {
     let host = engine::host_of(settings);
+    let majors = prepared.majors;
     if settings.rootless.is_some() || edits::has_user_namespace(config) {
         engine::make_host_nodes(&host, &lease.slices, majors)?;
     }
@@ -216,11 +257,18 @@ pub(crate) fn edit(settings: &Settings, lease: &Lease, majors: Majors, config: &
     }
     let nodes = engine::nodes_of(&host, &lease.slices, majors);
     check_modes(settings, &nodes)?;
-    let environment = edits::environment(&lease.uuids(), &lease.profiles());
+    let environment = environment(settings, &lease.uuids(), &lease.profiles());
+    let driver = prepared.driver.injection(&lease.profiles());
+    let masked = edits::masked_paths(&host.gpus(), lease.slices.iter().map(|slice| slice.gpu_minor));
     let program = config::hook_program()?;
     let hooks = HookCall { program: &program, config: settings.file.as_deref(), token: &lease.token };
-    let edited = edits::apply(config, &Edit { nodes: &nodes, environment: &environment, hooks, bind });
-    Ok(edited.map_err(Failure::BadRequest)?)
+    let edit = Edit { nodes: &nodes, environment: &environment, driver: &driver, masked: &masked, hooks, bind };
+    Ok(edits::apply(config, &edit).map_err(Failure::BadRequest)?)
+}
+
+/// The variables of the processes that have these slices.
+pub(crate) fn environment(settings: &Settings, uuids: &str, profiles: &str) -> Vec<String> {
+    edits::environment(uuids, profiles, settings.driver_files == DriverSource::None)
 }
 
 /// Releases what a failure after acquire leaves over.

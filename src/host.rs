@@ -178,6 +178,18 @@ impl Host {
         Ok(listed.into_iter().filter(|(name, _)| is_here(name)).map(|(_, minor)| minor).collect())
     }
 
+    /// Every GPU by the driver's files: the name of its directory, which is its PCI address, and its minor.
+    pub fn gpus(&self) -> Vec<(String, u32)> {
+        let entries = fs::read_dir(self.proc_root.join("driver/nvidia/gpus")).into_iter().flatten().flatten();
+        let of_entry = |entry: fs::DirEntry| {
+            let text = fs::read_to_string(entry.path().join("information")).ok()?;
+            Some((entry.file_name().into_string().ok()?, field(&text, "Device Minor")?))
+        };
+        let mut gpus: Vec<(String, u32)> = entries.filter_map(of_entry).collect();
+        gpus.sort();
+        gpus
+    }
+
     fn access(&self, relative: &str) -> Result<u32, HostError> {
         let path = self.proc_root.join("driver/nvidia/capabilities").join(relative);
         access_minor(&read(&path)?).ok_or_else(|| HostError::Content {

@@ -9,9 +9,10 @@
 //! ways in    cli  hook  classic  shim  report                               know argv, stdin, stdout, exit codes
 //! engine     engine                                                         the only file that orders lease, GPU and lock
 //! pure       request  cut  profile  placement  lease  job  slurm            no file, no process, no clock
-//!            queue  inventory  layout  mig_parted  edits  cdi  history  metrics
+//!            queue  inventory  layout  mig_parted  edits  injection  cdi
+//!            history  metrics
 //! edges      gpu  store  host  names  bundle  runtime  config  container    one machine each; never import the engine or each other
-//!            cdi_file
+//!            driver  cdi_file
 //! start      first  handover                                                is anything asked? else exec the low-level runtime
 //! ```
 //!
@@ -41,6 +42,8 @@ pub mod container;
 #[cfg(feature = "engine")]
 pub mod cut;
 #[cfg(feature = "engine")]
+pub mod driver;
+#[cfg(feature = "engine")]
 pub mod edits;
 #[cfg(feature = "engine")]
 pub mod engine;
@@ -52,6 +55,8 @@ pub mod history;
 pub mod hook;
 #[cfg(feature = "engine")]
 pub mod host;
+#[cfg(feature = "engine")]
+pub mod injection;
 #[cfg(feature = "engine")]
 pub mod inventory;
 #[cfg(feature = "engine")]

@@ -71,6 +71,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::Store(store) => return code_of(store),
             Failure::Setup(setup) => return code_of(setup),
             Failure::Cgroup(cgroup) => return code_of(cgroup),
+            Failure::Driver(_) => Exit::Unavailable,
             Failure::Spec { .. } => Exit::Io,
         });
     }

@@ -18,6 +18,7 @@ use crate::gpu::nvml::Nvml;
 use crate::handover::{self, Sigpipe};
 use crate::hook;
 use crate::host;
+use crate::injection;
 use crate::lease::{Holder, Way};
 use crate::report::{self, Misused, Refused};
 use crate::request::{self, Request};
@@ -114,11 +115,11 @@ fn create(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<Option<String
     {
         return Ok(None); // podman's hook was here before us and releases by the same token
     }
-    let majors = hook::prepare(settings, &mut value, &holder, &request, !plan.no_cgroup)?;
+    let prepared = hook::prepare(settings, &mut value, &holder, &request, !plan.no_cgroup)?;
     let lease = engine.acquire(&request, &holder)?;
     let token = lease.token.clone();
     let bind = holder.pid_file.is_none() || !enforces_rules(holder.runtime.as_deref());
-    let put = hook::edit(settings, &lease, majors, &mut value, bind)
+    let put = hook::edit(settings, &lease, prepared, &mut value, bind)
         .and_then(|()| Ok(bundle::replace(&path, &value)?))
         .inspect_err(|_| hook::give_back(&engine, &token));
     put.map(|()| Some(token))
@@ -195,7 +196,11 @@ fn exec(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Result<()> {
     let (Some(file), Some(id)) = (&plan.process, plan.id.as_ref().and_then(|id| id.to_str())) else { return Ok(()) };
     let Some(lease) = Engine::open(settings, nvml)?.lease_of(plan.root.as_deref(), id)? else { return Ok(()) };
     let mut process = bundle::load(file)?;
-    edits::set_environment(&mut process, &edits::environment(&lease.uuids(), &lease.profiles())).map_err(Refused)?;
+    edits::set_environment(&mut process, &hook::environment(settings, &lease.uuids(), &lease.profiles()))
+        .map_err(Refused)?;
+    let config = lease.holder.bundle.as_ref().and_then(|bundle| bundle::load(&bundle.join("config.json")).ok());
+    let dirs = config.map_or_else(Vec::new, |config| injection::library_dirs_in(&config));
+    edits::prepend_library_path(&mut process, &dirs).map_err(Refused)?;
     Ok(bundle::replace(file, &process)?)
 }
 

@@ -26,6 +26,8 @@ mod crowd;
 mod daemon;
 #[path = "containers/docker.rs"]
 mod docker;
+#[path = "containers/driver.rs"]
+mod driver;
 #[path = "containers/hostile.rs"]
 mod hostile;
 #[path = "containers/killed.rs"]
@@ -108,6 +110,11 @@ impl Deref for Site {
 impl Site {
     /// The machine of the demo. `None`, and noted, where real containers or one of these engines can't be had.
     fn new(engines: &[&str]) -> Option<Site> {
+        Site::with(engines, &[])
+    }
+
+    /// The same with more options for `nvml-sim create`.
+    fn with(engines: &[&str], options: &[&str]) -> Option<Site> {
         let dir = match WORLD.as_ref() {
             Ok(dir) => dir.clone(),
             Err(why) => return skip(why),
@@ -122,7 +129,7 @@ impl Site {
         if let Some(missing) = ["runc"].iter().chain(engines).find(|engine| !there(engine)) {
             return skip(&format!("{missing} is not installed or does not work here"));
         }
-        let site = Site { world: World::new(&DEMO), dir };
+        let site = Site { world: World::with(&DEMO, options), dir };
         site.settings(&format!("[runtime]\npath = \"{}\"", installed("runc").display()));
         let hook = include_str!("../hooks/mig-hook-precreate.json.in");
         let mut hook: Value = serde_json::from_str(hook).unwrap();
@@ -229,6 +236,11 @@ impl Site {
             std::thread::sleep(Duration::from_millis(50));
         }
         self.assert_clean(when);
+    }
+
+    /// The same but for instances of others, as many.
+    fn clean_but(&self, foreign: usize) {
+        wait_for("the slices' end", SOON, || self.leases().is_empty() && self.instances().len() == foreign);
     }
 
     /// `migctl gc`: the results, a word for each lease.

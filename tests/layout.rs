@@ -24,13 +24,18 @@ const ROWS: [(&str, &[&str], bool); 5] = [
             "layout",
             "mig_parted",
             "edits",
+            "injection",
             "cdi",
             "history",
             "metrics",
         ],
         true,
     ),
-    ("edges", &["gpu", "store", "host", "names", "bundle", "runtime", "config", "container", "cdi_file"], false),
+    (
+        "edges",
+        &["gpu", "store", "host", "names", "bundle", "runtime", "config", "container", "driver", "cdi_file"],
+        false,
+    ),
     ("start", &["first", "handover"], true),
 ];
 

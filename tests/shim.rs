@@ -96,6 +96,14 @@ fn undo(world: &World, mut config: Value, bind: bool) -> Value {
         let rule = json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"});
         assert_eq!(ours.iter().filter(|r| **r == rule).count(), 1, "{ours:#?}");
     }
+    let masked = config["linux"].as_object_mut().unwrap().shift_remove("maskedPaths").unwrap_or(json!([]));
+    let machine = world.machine();
+    let others = machine["gpus"].as_array().unwrap().iter().filter(|gpu| gpu["gpu_instances"] == json!([]));
+    let hides = |gpu: &Value| format!("/proc/driver/nvidia/capabilities/gpu{}", gpu["minor"]);
+    let hidden: Vec<Value> = others.map(|gpu| json!(hides(gpu))).collect();
+    let of_capabilities = masked.as_array().unwrap().iter().filter(|path| path.to_string().contains("capabilities"));
+    assert_eq!(of_capabilities.cloned().collect::<Vec<_>>(), hidden, "{masked}");
+    assert_eq!(masked.as_array().unwrap().len(), 2 * hidden.len(), "{masked}");
     let env = config["process"]["env"].as_array_mut().unwrap();
     let ours = env.split_off(env.len() - 4);
     let uuid = &world.instances()[0]["compute_instances"][0]["uuid"].as_str().unwrap().to_owned();

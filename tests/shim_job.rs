@@ -27,12 +27,17 @@ struct Site {
 impl Site {
     /// `None`, and noted, where we are not root or the user can't run what is tested.
     fn new(boards: &[&str]) -> Option<Site> {
+        Site::with(boards, &[])
+    }
+
+    /// The same with more options for `nvml-sim create`.
+    fn with(boards: &[&str], options: &[&str]) -> Option<Site> {
         let name = std::thread::current().name().unwrap_or("shim_job").to_owned();
         if !nix::unistd::geteuid().is_root() || !installed("setpriv") {
             skip(&name, "it takes root and setpriv (Debian: util-linux)");
             return None;
         }
-        let world = World::new(boards);
+        let world = World::with(boards, options);
         for open in ["", "m"] {
             fs::set_permissions(world.path(open), Permissions::from_mode(0o755)).unwrap();
         }
@@ -180,6 +185,9 @@ fn a_jobs_container_gets_what_its_job_has_and_is_otherwise_as_it_was() {
         let env = edited["process"]["env"].as_array_mut().unwrap();
         assert_eq!(json!(env.split_off(1)), json!(environment_of(&site)));
         env.push("NVIDIA_VISIBLE_DEVICES=all".into());
+        let masked = edited["linux"].as_object_mut().unwrap().shift_remove("maskedPaths").unwrap();
+        let other = format!("gpu{}", 1 - nodes_minor(&nodes));
+        assert!(masked[1].as_str().unwrap().ends_with(&other) && masked[2].is_null(), "the other GPU's: {masked}");
         if name == "stale" {
             assert_eq!(edited["hooks"], json!({"poststop": []}));
             edited.as_object_mut().unwrap().shift_remove("hooks");
@@ -193,6 +201,28 @@ fn a_jobs_container_gets_what_its_job_has_and_is_otherwise_as_it_was() {
         assert_eq!(left, ["config.json", "rootfs"], "{name}: Slurm removes the directory with rmdir");
     }
     assert_eq!(site.world.leases().len(), 1, "the job's, and none of the containers");
+}
+
+/// Minor of the GPU among a job's nodes.
+fn nodes_minor(nodes: &[Value]) -> u64 {
+    let gpu =
+        nodes.iter().find(|node| node["path"].as_str().unwrap().strip_prefix("nvidia").unwrap().parse::<u64>().is_ok());
+    gpu.unwrap()["minor"].as_u64().unwrap()
+}
+
+#[test]
+fn a_jobs_container_gets_the_drivers_files() {
+    let Some(site) = Site::with(&["a100-sxm4-80gb"], &["--driver-files"]) else { return };
+    assert!(site.start_job("1g.10gb").status.success());
+    site.recording(0);
+    let bundle = site.bundle(&rootless());
+    let output = run(&mut site.run(&[], &bundle, "c1"));
+    assert_eq!(code(&output), 0, "{}", text(&output));
+    let edited = document(&bundle.join("config.json"));
+    let destinations: Vec<&str> =
+        edited["mounts"].as_array().unwrap().iter().map(|mount| mount["destination"].as_str().unwrap()).collect();
+    assert!(destinations.contains(&"/dev/mig-hook/lib64/libcuda.so.1"), "{destinations:#?}");
+    assert!(edited["process"]["env"].as_array().unwrap().contains(&json!("LD_LIBRARY_PATH=/dev/mig-hook/lib64")));
 }
 
 /// A config.json whose group the user is not in stays readable for nobody more than before.

@@ -238,15 +238,15 @@ pub fn name_field<const N: usize>(text: &str) -> [c_char; N] {
     field
 }
 
-/// The directory of the file that this code was loaded from.
-pub fn library_dir() -> Option<PathBuf> {
+/// The file that this code was loaded from.
+pub fn library() -> Option<PathBuf> {
     let mut info = libc::Dl_info {
         dli_fname: std::ptr::null(),
         dli_fbase: std::ptr::null_mut(),
         dli_sname: std::ptr::null(),
         dli_saddr: std::ptr::null_mut(),
     };
-    let here = library_dir as fn() -> Option<PathBuf> as *const c_void;
+    let here = library as fn() -> Option<PathBuf> as *const c_void;
     // SAFETY: `here` lies in this library and `info` is ours to write.
     if unsafe { libc::dladdr(here, &mut info) } == 0 || info.dli_fname.is_null() {
         return None;
@@ -254,8 +254,7 @@ pub fn library_dir() -> Option<PathBuf> {
     // SAFETY: dladdr succeeded, so the name is a C string that lives as long as the library.
     let name = unsafe { CStr::from_ptr(info.dli_fname) };
     // dladdr repeats the path that dlopen was given: relative, or through a link.
-    let file = std::fs::canonicalize(OsStr::from_bytes(name.to_bytes())).ok()?;
-    file.parent().map(std::path::Path::to_owned)
+    std::fs::canonicalize(OsStr::from_bytes(name.to_bytes())).ok()
 }
 
 /// Exports calls under their NVML names and lists the names.

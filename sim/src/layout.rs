@@ -2,13 +2,14 @@
 
 use std::fmt::Write;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::board::Board;
+use crate::driver::{self, Part, Tree};
 use crate::state::{
     AmpereReset, Config, Gpu, GpuConfig, IdMap, Majors, State, UuidFormat, ci_cap_minor, gi_cap_minor, uuid5,
 };
@@ -44,6 +45,10 @@ pub struct Spec {
     pub seed: String,
     /// The library to copy.
     pub library: PathBuf,
+    /// The parts of the driver tree; none: the library alone.
+    pub parts: Vec<Part>,
+    /// What is to be `nvidia-smi` there.
+    pub smi: Option<PathBuf>,
 }
 
 /// Makes the machine and returns what could not be done but need not stop anyone.
@@ -52,12 +57,26 @@ pub fn create(dir: &Path, spec: Spec) -> Result<Vec<String>> {
         bail!("{} is not empty; name a directory that does not exist yet, or remove it first", dir.display());
     }
     let real = fs::read_to_string("/proc/devices").context("reading /proc/devices")?;
-    let config = config(&spec, majors(&real)?)?;
+    let mut config = config(&spec, majors(&real)?)?;
     let libraries = dir.join(LIBRARY_DIR);
     fs::create_dir_all(&libraries).with_context(|| format!("creating {}", libraries.display()))?;
     let library = libraries.join(LIBRARY);
-    fs::copy(&spec.library, &library)
-        .with_context(|| format!("copying {} to {}", spec.library.display(), library.display()))?;
+    let copying = || format!("copying {} to {}", spec.library.display(), library.display());
+    if spec.parts.contains(&Part::Utility) {
+        let tree = Tree {
+            version: &config.driver_version,
+            parts: &spec.parts,
+            library: &spec.library,
+            smi: spec.smi.as_deref(),
+        };
+        driver::lay_out(dir, &tree).context("laying out the driver tree")?;
+        let file = driver::library_file(tree.version);
+        let size = fs::metadata(dir.join(&file)).with_context(copying)?.len();
+        symlink(Path::new("../..").join(&file), &library).with_context(copying)?;
+        config.window = Some((file, size));
+    } else {
+        fs::copy(&spec.library, &library).with_context(copying)?;
+    }
     let gpus = config.gpus.iter().map(|_| Gpu::new(spec.mig)).collect();
     let state = State { births: 0, gpus, holds: Vec::new() };
     proc(dir, &config, &real).context("writing the proc tree")?;
@@ -116,6 +135,7 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
         majors,
         boards,
         gpus,
+        window: None,
     })
 }
 

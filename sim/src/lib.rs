@@ -9,10 +9,13 @@ mod abi;
 pub mod board;
 pub mod calls;
 pub mod code;
+pub mod driver;
+pub mod elf;
 pub mod fault;
 #[cfg(not(feature = "old-driver"))]
 mod gpm;
 pub mod layout;
+pub mod ldcache;
 pub mod load;
 #[cfg(not(feature = "old-driver"))]
 mod optional;
@@ -23,3 +26,4 @@ pub mod state;
 pub mod store;
 mod stubs;
 pub mod tree;
+pub mod window;

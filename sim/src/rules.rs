@@ -265,6 +265,7 @@ mod tests {
             majors: Majors { nvidia: 195, caps: 511, uvm: 510, nvlink: 509 },
             boards: vec![board(key)],
             gpus: vec![GpuConfig { board: 0, uuid: "GPU-x".into(), minor: 0, bus: 7, serial: "1".into(), id_map }],
+            window: None,
         };
         let state = State { births: 0, gpus: vec![Gpu::new(true)], holds: Vec::new() };
         (config, state)

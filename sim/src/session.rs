@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::unistd::geteuid;
 
-use crate::abi::{Handle, Target, library_dir};
+use crate::abi::{Handle, Target, library};
 use crate::board::Board;
 use crate::calls;
 use crate::code::{Code, Outcome};
@@ -92,8 +92,8 @@ fn machine() -> Outcome<Arc<Machine>> {
     if let Some(machine) = &session.machine {
         return Ok(Arc::clone(machine));
     }
-    let dir = library_dir().ok_or(Code::DRIVER_NOT_LOADED)?;
-    let machine = Machine::open(&dir).map_err(|error| match error {
+    let library = library().ok_or(Code::DRIVER_NOT_LOADED)?;
+    let machine = Machine::of_library(&library).map_err(|error| match error {
         Error::Io(_, error) if error.kind() == io::ErrorKind::NotFound => Code::DRIVER_NOT_LOADED,
         error => error.into(),
     })?;

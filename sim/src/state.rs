@@ -99,6 +99,9 @@ pub struct Config {
     pub boards: Vec<Board>,
     /// In NVML index order.
     pub gpus: Vec<GpuConfig>,
+    /// The library of a driver tree, from the root, and its size without what is shown behind it.
+    #[serde(default)]
+    pub window: Option<(String, u64)>,
 }
 
 impl Config {

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::makedev;
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -23,8 +22,9 @@ use crate::code::{Code, Outcome};
 use crate::fault::{MAX_FAULTS, MUTATORS, Plan, Scope, Tally};
 use crate::state::{Config, State};
 use crate::tree;
+use crate::window;
 
-/// Directory of the machine's files, beside the library.
+/// Directory of the machine's files, beside the library or one level up.
 pub const DIR: &str = "nvml-sim";
 
 const MACHINE: &str = "machine.json";
@@ -100,8 +100,18 @@ pub struct Machine {
     root: PathBuf,
     /// Its fixed part.
     pub config: Config,
-    live: File,
+    /// Missing where only the library is there, as in a container: then nothing can be changed.
+    live: Option<File>,
+    window: Option<Window>,
     cache: Mutex<Option<Arc<Snapshot>>>,
+}
+
+/// The view behind a library, and what of it this process can open.
+#[derive(Debug)]
+struct Window {
+    library: PathBuf,
+    whole: Config,
+    gpus: Vec<usize>,
 }
 
 /// Leave for one call to go on.
@@ -127,12 +137,42 @@ impl Machine {
                 .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o666)))
                 .map_err(|error| Error::Io(path, error))?;
         }
-        Self::open(library_dir)
+        let machine = Self::open(library_dir)?;
+        machine.draw(state)?;
+        Ok(machine)
+    }
+
+    /// Opens the machine whose library this is: by its files, or where these are not by what is behind the library.
+    pub fn of_library(library: &Path) -> Result<Self, Error> {
+        let dir = library.parent().unwrap_or(Path::new("/"));
+        match Self::open(dir) {
+            Err(Error::Io(path, error)) if error.kind() == io::ErrorKind::NotFound => {
+                Self::look(library).unwrap_or(Err(Error::Io(path, error)))
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// The machine that a container sees; `None` where the library shows none.
+    fn look(library: &Path) -> Option<Result<Self, Error>> {
+        let whole = match window::look(library) {
+            Ok(view) => view?.config,
+            Err(error) => return Some(Err(Error::Io(library.to_owned(), error))),
+        };
+        let Some(gpus) = window::visible_gpus(Path::new("/dev"), &whole) else {
+            return Some(Err(Error::Refused(Code::DRIVER_NOT_LOADED)));
+        };
+        let mut config = whole.clone();
+        config.gpus = gpus.iter().filter_map(|index| whole.gpus.get(*index).cloned()).collect();
+        let window = Some(Window { library: library.to_owned(), whole, gpus });
+        Some(Ok(Self { dir: PathBuf::new(), root: "/".into(), config, live: None, window, cache: Mutex::default() }))
     }
 
     /// Opens the machine whose library lies in `library_dir`.
     pub fn open(library_dir: &Path) -> Result<Self, Error> {
-        let dir = library_dir.join(DIR);
+        let beside = library_dir.join(DIR);
+        let above = library_dir.parent().unwrap_or(library_dir).join(DIR);
+        let dir = if !beside.exists() && above.exists() { above } else { beside };
         let config: Config = read_json(&dir.join(MACHINE))?;
         let path = dir.join(LIVE);
         let live = OpenOptions::new()
@@ -141,8 +181,8 @@ impl Machine {
             .open(&path)
             .or_else(|_| File::open(&path))
             .map_err(|error| Error::Io(path, error))?;
-        let root = library_dir.join(&config.root);
-        Ok(Self { dir, root, config, live, cache: Mutex::new(None) })
+        let root = dir.parent().unwrap_or(library_dir).join(&config.root);
+        Ok(Self { dir, root, config, live: Some(live), window: None, cache: Mutex::default() })
     }
 
     /// The driver root.
@@ -153,20 +193,12 @@ impl Machine {
     /// Whether uid 0 is, seen from here, who made the machine as root: in the user namespace of somebody else it is not,
     /// as the driver asks for CAP_SYS_ADMIN in the first one.
     pub fn belongs_to_root(&self) -> bool {
-        self.live.metadata().is_ok_and(|meta| meta.uid() == 0)
+        self.live.as_ref().is_some_and(|live| live.metadata().is_ok_and(|meta| meta.uid() == 0))
     }
 
     /// Whether this process can open /dev/nvidia-caps/nvidia-cap1, the capability `mig/config`. No driver answers here.
     pub fn may_configure(&self) -> bool {
-        let path = self.root.join("dev/nvidia-caps/nvidia-cap1");
-        let node = |meta: fs::Metadata| {
-            meta.file_type().is_char_device() && meta.rdev() == makedev(self.config.majors.caps.into(), 1)
-        };
-        let opens = || match File::open(&path) {
-            Ok(_) => true,
-            Err(error) => matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV)),
-        };
-        path.symlink_metadata().is_ok_and(node) && opens()
+        window::opens(&self.root.join("dev/nvidia-caps/nvidia-cap1"), self.config.majors.caps, 1)
     }
 
     fn io(&self, name: &str) -> impl FnOnce(io::Error) -> Error {
@@ -192,16 +224,23 @@ impl Machine {
         }
     }
 
+    fn live(&self) -> Result<&File, Error> {
+        self.live.as_ref().ok_or(Error::Refused(Code::NO_PERMISSION))
+    }
+
     fn head(&self) -> Result<Head, Error> {
+        if self.window.is_some() {
+            return Ok(Head { generation: 1, flags: 0 }); // never kept
+        }
         let mut word = [0; 16];
-        self.live.read_exact_at(&mut word, 0).map_err(self.io(LIVE))?;
+        self.live()?.read_exact_at(&mut word, 0).map_err(self.io(LIVE))?;
         let [generation, flags] = [0, 8].map(|at| number(&word, at));
         Ok(Head { generation, flags })
     }
 
     fn poke(&self, at: u64, numbers: &[u64]) -> Result<(), Error> {
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
-        self.live.write_all_at(&bytes, at).map_err(self.io(LIVE))
+        self.live()?.write_all_at(&bytes, at).map_err(self.io(LIVE))
     }
 
     /// Replaces a file so that readers notice, and see either the old or the new one.
@@ -215,6 +254,12 @@ impl Machine {
     }
 
     fn read(&self, head: Head) -> Result<Arc<Snapshot>, Error> {
+        if let Some(Window { library, whole, gpus }) = &self.window {
+            let view = window::look(library).map_err(|error| Error::Io(library.clone(), error))?;
+            let state = view.ok_or(Code::UNKNOWN)?.state;
+            let state = window::visible_state(Path::new("/dev"), whole, &state, gpus);
+            return Ok(Arc::new(Snapshot { generation: head.generation, state, plan: Plan::default() }));
+        }
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         match cache.as_ref() {
             Some(known) if known.generation == head.generation && head.generation.is_multiple_of(2) => {
@@ -244,6 +289,7 @@ impl Machine {
 
     /// Changes the state under the lock and brings /proc into step, which also mends what a killed process left.
     pub fn change<T>(&self, edit: impl FnOnce(&Config, &mut State) -> Outcome<T>) -> Result<T, Error> {
+        self.live()?;
         let lock = self.lock(LOCK)?;
         let before: State = read_json(&self.dir.join(STATE))?;
         let mut after = before.clone();
@@ -253,7 +299,20 @@ impl Machine {
         }
         let state = if result.is_ok() { &after } else { &before };
         tree::sync(&self.root, &self.config, state).map_err(|error| Error::Io(self.root.join("proc"), error))?;
+        if result.is_ok() {
+            self.draw(state)?;
+        }
         Ok(result?)
+    }
+
+    /// Shows containers what there is, where the machine has a driver tree.
+    fn draw(&self, state: &State) -> Result<(), Error> {
+        let Some((library, size)) = &self.config.window else { return Ok(()) };
+        let library = self.root.join(library);
+        if window::look(&library).is_ok_and(|view| view.is_some_and(|view| view.state == *state)) {
+            return Ok(());
+        }
+        window::draw(&library, *size, &self.config, state).map_err(|error| Error::Io(library, error))
     }
 
     /// Like [`Self::change`], on behalf of the call with this pass; `serialise` makes it wait its turn.
@@ -289,7 +348,7 @@ impl Machine {
     /// How the first `count` faults fared.
     pub fn tallies(&self, count: usize) -> Result<Vec<Tally>, Error> {
         let mut bytes = vec![0; 16 * count.min(MAX_FAULTS)];
-        self.live.read_exact_at(&mut bytes, TALLIES_AT).map_err(self.io(LIVE))?;
+        self.live()?.read_exact_at(&mut bytes, TALLIES_AT).map_err(self.io(LIVE))?;
         Ok(bytes.chunks_exact(16).map(|pair| Tally { counted: number(pair, 0), fired: number(pair, 8) }).collect())
     }
 
@@ -305,7 +364,7 @@ impl Machine {
 
     fn count(&self, place: usize) -> Result<u64, Error> {
         let mut word = [0; 8];
-        match self.live.read_at(&mut word, COUNTS_AT + 8 * place as u64) {
+        match self.live()?.read_at(&mut word, COUNTS_AT + 8 * place as u64) {
             Ok(_) => Ok(u64::from_ne_bytes(word)),
             Err(error) => Err(self.io(LIVE)(error)),
         }

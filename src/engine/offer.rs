@@ -8,10 +8,11 @@ use crate::config::{self, Foreign};
 use crate::edits::{self, Given, Node};
 use crate::gpu::Device;
 use crate::host::{Host, HostError, Majors};
+use crate::injection::{self, Capabilities, Mount};
 use crate::lease::{Lease, Slice, State};
 use crate::store::Lock;
 
-use super::{ACQUIRE_LOCK_WAIT, Engine, Failure};
+use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, driver_files};
 
 impl Engine<'_> {
     /// The CDI spec of the slices that a container may name; `None` when there is none. With a lease, of what that holds
@@ -26,7 +27,13 @@ impl Engine<'_> {
         let nodes = nodes_of(&self.host, &lease.slices, majors);
         let (uuids, profiles) = (lease.uuids(), lease.profiles());
         let offer = Offer { name: &lease.token, nodes, uuids: &uuids, profiles: &profiles, claim: None };
-        Ok(cdi::spec(&[offer], &self.settings.dev_root))
+        Ok(cdi::spec(&[offer], &self.settings.dev_root, self.driver_mounts()?))
+    }
+
+    /// What any container gets of the driver by a spec, which can't put a directory before others in a variable and does not
+    /// know what the container says that it needs.
+    fn driver_mounts(&self) -> Result<Vec<Mount>, Failure> {
+        Ok(injection::outside_mounts(&driver_files(self.settings)?, &Capabilities::default()))
     }
 
     /// Makes that spec the content of a file, under the lock; removes the file when there is none. True when it is there.
@@ -58,7 +65,7 @@ impl Engine<'_> {
             let nodes = nodes_of(&self.host, std::slice::from_ref(slice), majors);
             Some(Offer { name: uuid, nodes, uuids: uuid, profiles: &slice.profile_name, claim })
         });
-        Ok(cdi::spec(&offers.collect::<Vec<_>>(), &self.settings.dev_root))
+        Ok(cdi::spec(&offers.collect::<Vec<_>>(), &self.settings.dev_root, self.driver_mounts()?))
     }
 
     /// A spec names its nodes by number, so that most engines do without the host's: where they can't be made, it is true

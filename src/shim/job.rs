@@ -20,8 +20,9 @@ use crate::edits;
 use crate::engine::{self, Failure};
 use crate::first::{self, Plan, Verb};
 use crate::handover::Sigpipe;
-use crate::hook;
+use crate::hook::{self, Driver};
 use crate::host::{self, HostError};
+use crate::injection::Injection;
 use crate::job::{Key, Node, Public};
 use crate::report::{Misused, Refused};
 use crate::runtime::{self, State};
@@ -51,12 +52,19 @@ pub(super) fn create(plan: &Plan, settings: &Settings, key: &OsStr) -> Result<()
     let mut value = config.certain(&shown)?;
     let bundle = bundle::directory(plan.bundle.as_deref()).context("cannot tell where the bundle is")?;
     hook::check_dev(&value, Some(&bundle))?;
-    edit(plan, settings, &job, &mut value)?;
+    let driver = Driver::of(settings, &value, Some(&bundle))?.injection(&job.profiles());
+    edit(plan, settings, &job, &driver, &mut value)?;
     Ok(bundle::replace(&path, &value)?)
 }
 
 /// No hooks: nothing is leased, and the user could not run them.
-fn edit(plan: &Plan, settings: &Settings, job: &Public, config: &mut serde_json::Value) -> Result<()> {
+fn edit(
+    plan: &Plan,
+    settings: &Settings,
+    job: &Public,
+    driver: &Injection,
+    config: &mut serde_json::Value,
+) -> Result<()> {
     let host = engine::host_of(settings);
     let majors = host.known_majors()?;
     edits::strip(config, majors);
@@ -83,8 +91,11 @@ fn edit(plan: &Plan, settings: &Settings, job: &Public, config: &mut serde_json:
     };
     put.map_err(Failure::BadRequest)?;
     let process = config.get_mut("process").ok_or_else(|| Failure::BadRequest("config has no process".into()))?;
-    let environment = edits::environment(&job.uuids(), &job.profiles());
-    Ok(edits::set_environment(process, &environment).map_err(Failure::BadRequest)?)
+    let environment = hook::environment(settings, &job.uuids(), &job.profiles());
+    edits::set_environment(process, &environment).map_err(Failure::BadRequest)?;
+    let own = nodes.iter().filter(|node| node.major == majors.nvidia).map(|node| node.minor);
+    let masked = edits::masked_paths(&host.gpus(), own);
+    Ok(edits::give_driver(config, driver, &masked).map_err(Failure::BadRequest)?)
 }
 
 /// Refuses root a `--root` of a user's: whatever the runtime does there, the user says to whom.

@@ -70,10 +70,15 @@ impl World {
 
     /// The settings file: this machine, the recording runtime, and `more` TOML tables at the end.
     pub fn settings(&self, more: &str) {
+        self.driver_settings("", more);
+    }
+
+    /// The same with more keys of the table `driver`.
+    pub fn driver_settings(&self, driver: &str, more: &str) {
         let dir = self.dir.path().display();
         let text = format!(
             "state_dir = \"{dir}/state\"\n[driver]\nroot = \"{dir}/m\"\nproc_root = \"{dir}/m/proc\"\ndev_root = \"{dir}/m/dev\"\n\
-             [log]\naudit_file = \"{dir}/audit.jsonl\"\nsocket = \"{dir}/log.sock\"\n{more}\n"
+             {driver}\n[log]\naudit_file = \"{dir}/audit.jsonl\"\nsocket = \"{dir}/log.sock\"\n{more}\n"
         );
         self.write("config.toml", &text);
     }

@@ -28,7 +28,7 @@ fn evil(site: &Site, canary: &Path) -> Option<String> {
 }
 
 /// Imports an image: the busybox root with `change` (shell, in the root) done to it, and that environment.
-fn image(engine: &Engine, name: &str, change: &str, env: &[&str]) -> String {
+pub fn image(engine: &Engine, name: &str, change: &str, env: &[&str]) -> String {
     let site = engine.site;
     let (root, tar) = (site.shown(&format!("{name}-root")), site.shown(&format!("{name}.tar")));
     let script = format!("cp -a \"$1\" \"$2\" && cd \"$2\" && {change} && tar -cf \"$3\" .");
@@ -41,7 +41,7 @@ fn image(engine: &Engine, name: &str, change: &str, env: &[&str]) -> String {
     image
 }
 
-fn listing(dir: &Path) -> Vec<String> {
+pub fn listing(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
     names.sort();

@@ -11,10 +11,10 @@ use crate::common::{installed as in_path, run, skip, text};
 use crate::{Engine, IMAGE, Probe, SOON, Site, binaries, must, wait_for};
 
 /// A user of these tests, known in their mount namespace only.
-const UID: u32 = 4242;
+pub const UID: u32 = 4242;
 
 /// A mount namespace whose /dev is the simulated machine's, with an ordinary user in it.
-struct House<'a> {
+pub struct House<'a> {
     site: &'a Site,
     holder: Child,
 }
@@ -33,7 +33,7 @@ impl Drop for House<'_> {
 
 impl<'a> House<'a> {
     /// `None`, and noted, where mounts or device nodes can't be made.
-    fn new(site: &'a Site) -> Option<House<'a>> {
+    pub fn new(site: &'a Site) -> Option<House<'a>> {
         let (dir, dev) = (site.path(""), site.path("m/dev"));
         for open in [&dir, &site.path("m")] {
             std::fs::set_permissions(open, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -85,7 +85,7 @@ impl<'a> House<'a> {
     }
 
     /// podman of root in it, with our hook.
-    fn root(&self, runtime: &str) -> Engine<'_> {
+    pub fn root(&self, runtime: &str) -> Engine<'_> {
         let mut podman = self.site.podman_alone(runtime);
         let line = format!("exec nsenter --mount --target={} {} \"$@\"", self.holder.id(), podman.program.display());
         podman.program = self.site.script("podman-root", &line);
@@ -93,7 +93,7 @@ impl<'a> House<'a> {
     }
 
     /// podman of the user, with our hook. `None`, and noted, where that can't be.
-    fn user(&self, runtime: &str) -> Option<Engine<'_>> {
+    pub fn user(&self, runtime: &str) -> Option<Engine<'_>> {
         let (site, home) = (self.site, self.site.path("home"));
         for tool in ["newuidmap", "setpriv"] {
             if !in_path(tool) {

@@ -28,14 +28,14 @@ pub fn bundle(site: &Site, name: &str, annotations: Value, words: &[&str]) -> Pa
 }
 
 /// `mig-runtime OPTIONS --root ROOT WORDS…` for that low-level runtime.
-fn shim(site: &Site, runtime: &str, words: &[&str]) -> Command {
+pub fn shim(site: &Site, runtime: &str, words: &[&str]) -> Command {
     let mut command = Command::new(binaries().join("mig-runtime"));
     command.arg("--mig-config").arg(site.config()).arg("--mig-runtime").arg(installed(runtime));
     command.arg("--root").arg(site.path("root")).args(words);
     command
 }
 
-fn shown(path: &Path) -> &str {
+pub fn shown(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 

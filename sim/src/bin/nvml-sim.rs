@@ -12,6 +12,7 @@ use serde::Serialize;
 use nvidia_ml::board::{Board, Span, parse};
 use nvidia_ml::calls;
 use nvidia_ml::code::Code;
+use nvidia_ml::driver::{PARTS, Part};
 use nvidia_ml::fault::{Action, Fault, Latency, MAX_FAULTS, Scope, matches};
 use nvidia_ml::layout::{self, LIBRARY_DIR, Spec};
 use nvidia_ml::load;
@@ -21,6 +22,8 @@ use nvidia_ml::state::{AmpereReset, Gpu, Hold, IdMap, Load, UuidFormat};
 use nvidia_ml::store::{Error, Machine};
 
 const BOARDS: &str = include_str!("../../boards.json");
+/// What a driver tree has as `nvidia-smi`.
+const SMI: &str = "nvml-sim-smi";
 
 #[derive(Parser)]
 #[command(name = "nvml-sim", version = env!("NVML_SIM_VERSION"), about = "Simulated MIG machines for clients of libnvidia-ml.so.1")]
@@ -62,6 +65,10 @@ enum Command {
         /// The library to copy, instead of the one beside this program.
         #[arg(long)]
         library: Option<PathBuf>,
+        /// Lay out the driver's user-space too, for those who give it to containers: all of it, or these parts beside
+        /// `utility`.
+        #[arg(long, value_enum, value_delimiter = ',', num_args = 0.., default_missing_value = "all")]
+        driver_files: Vec<Files>,
     },
     /// List the boards and their profiles.
     Boards {
@@ -250,6 +257,29 @@ enum Switch {
     Off,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Files {
+    All,
+    Utility,
+    Compute,
+    Video,
+    Graphics,
+    Compat32,
+}
+
+impl Files {
+    fn parts(self) -> Vec<Part> {
+        match self {
+            Files::All => PARTS.to_vec(),
+            Files::Utility => vec![Part::Utility],
+            Files::Compute => vec![Part::Utility, Part::Compute],
+            Files::Video => vec![Part::Utility, Part::Video],
+            Files::Graphics => vec![Part::Utility, Part::Graphics],
+            Files::Compat32 => vec![Part::Utility, Part::Compat32],
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Map {
     Canonical,
@@ -316,7 +346,13 @@ fn run(command: Command) -> Result<()> {
             ampere_reset,
             seed,
             library,
+            driver_files,
         } => {
+            let parts: Vec<Part> = driver_files.into_iter().flat_map(Files::parts).collect();
+            let smi = beside(SMI)?.filter(|_| !parts.is_empty());
+            if smi.is_none() && !parts.is_empty() {
+                eprintln!("nvml-sim: the driver tree has no nvidia-smi, since {SMI} is not beside this program");
+            }
             let spec = Spec {
                 boards: pick(&gpus)?,
                 mig: mig == Switch::On,
@@ -339,6 +375,8 @@ fn run(command: Command) -> Result<()> {
                 driver_version,
                 seed: seed.map_or_else(random, Ok)?,
                 library: library.map_or_else(library_beside, Ok)?,
+                parts,
+                smi,
             };
             for notice in layout::create(&dir, spec)? {
                 eprintln!("nvml-sim: {notice}");
@@ -549,6 +587,12 @@ fn library_beside() -> Result<PathBuf> {
         format!("libnvidia_ml.so is not beside {}; build it with `cargo build` or give --library", program.display())
     })?;
     Ok(path.clone())
+}
+
+/// A program of ours, if it is there.
+fn beside(name: &str) -> Result<Option<PathBuf>> {
+    let program = std::env::current_exe().context("finding this program")?;
+    Ok(Some(program.with_file_name(name)).filter(|path| path.is_file()))
 }
 
 fn boards(json: bool) -> Result<()> {

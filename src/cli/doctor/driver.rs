@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use super::Check;
 use super::program::Version;
-use crate::config::Settings;
+use crate::cli::counted;
+use crate::config::{DriverSource, Settings};
+use crate::driver::{DriverFiles, module_version};
+use crate::engine;
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{Gpu, GpuError};
 use crate::host;
@@ -26,6 +29,10 @@ struct Facts {
     devices: Option<String>,
     modprobe: PathBuf,
     modprobe_exists: bool,
+    /// Who says what containers get of the driver, and what that is, or why it can't be told.
+    source: DriverSource,
+    files: Result<DriverFiles, String>,
+    root: PathBuf,
 }
 
 pub(super) fn checks(settings: &Settings, nvml: &Nvml) -> Vec<Check> {
@@ -41,6 +48,9 @@ pub(super) fn checks(settings: &Settings, nvml: &Nvml) -> Vec<Check> {
         devices: std::fs::read_to_string(settings.proc_root.join("devices")).ok(),
         modprobe_exists: modprobe.exists(),
         modprobe,
+        source: settings.driver_files,
+        files: engine::driver_files(settings).map_err(|failure| failure.to_string()),
+        root: settings.driver_root.clone(),
     })
 }
 
@@ -61,14 +71,33 @@ fn verdict(facts: &Facts) -> Vec<Check> {
         }
         _ => checks.push(Check::skip("driver.uvm", "nvidia-uvm and capabilities come with the kernel module")),
     }
+    checks.push(files_check(facts));
     checks
 }
 
-/// `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build` → `580.95.05`.
-fn module_version(text: &str) -> Option<&str> {
-    let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
-    let version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
-    line.split_whitespace().find(version)
+/// What containers get of the driver's user-space.
+fn files_check(facts: &Facts) -> Check {
+    let id = "driver.files";
+    match (facts.source, &facts.files) {
+        (_, Err(why)) => {
+            let (found, remedy) = why.rsplit_once("; ").unwrap_or((why, "see docs/driver-files.md"));
+            Check::fail(id, found, remedy)
+        }
+        (DriverSource::None, _) => Check::ok(id, "containers get the driver's files from the NVIDIA runtime"),
+        (_, Ok(files)) if files.is_empty() => {
+            let version = facts.version.as_deref().and_then(module_version).unwrap_or("the running version");
+            let found = format!("no library of {version} is below {}", facts.root.display());
+            Check::skip(id, format!("{found}: containers get none of the driver's files, and must bring them"))
+        }
+        (_, Ok(files)) => {
+            let libraries = files.libraries.len();
+            let all = counted(libraries + files.others.len(), "file");
+            Check::ok(
+                id,
+                format!("containers get what they need of {all} of the driver, {libraries} of them libraries"),
+            )
+        }
+    }
 }
 
 fn module_check(facts: &Facts, module: Option<&str>) -> Check {
@@ -169,6 +198,7 @@ fn capabilities_check(devices: &str) -> Check {
 mod tests {
     use super::super::Status;
     use super::*;
+    use crate::driver::{Bits, Library};
 
     const DEVICES: &str = "Character devices:\n195 nvidia\n236 nvidia-caps\n510 nvidia-uvm\n";
 
@@ -187,6 +217,9 @@ mod tests {
             devices: Some(DEVICES.into()),
             modprobe: "/usr/bin/nvidia-modprobe".into(),
             modprobe_exists: true,
+            source: DriverSource::None,
+            files: Ok(DriverFiles::default()),
+            root: "/".into(),
         }
     }
 
@@ -202,8 +235,6 @@ mod tests {
     #[test]
     fn a_whole_driver_is_well() {
         assert!(verdict(&whole()).iter().all(|check| check.status == Status::Ok));
-        let classic = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Tue Jul 22";
-        assert_eq!(module_version(classic), Some("535.261.03"));
         assert_eq!(version_in_name(Path::new("/usr/lib/libnvidia-ml.so.580.95.05")).as_deref(), Some("580.95.05"));
         assert_eq!(version_in_name(Path::new("/usr/lib/libnvidia-ml.so.1")), None);
     }
@@ -258,6 +289,24 @@ mod tests {
     }
 
     #[test]
+    fn what_containers_get_of_the_driver() {
+        let check = |source, files| files_check(&Facts { source, files, ..whole() });
+        let none = check(DriverSource::Auto, Ok(DriverFiles::default()));
+        assert!(none.status == Status::Skip && none.found.contains("no library of 580.95.05 is below /:"), "{none:?}");
+        let spec = "no CDI spec is in /etc/cdi; write one with: nvidia-ctk";
+        let missing = check(DriverSource::Cdi, Err(spec.into()));
+        assert_eq!((missing.status, missing.remedy.as_deref()), (Status::Fail, Some("write one with: nvidia-ctk")));
+        let library = Library {
+            source: "/x".into(),
+            name: "libcuda.so.1".into(),
+            soname: "libcuda.so.1".into(),
+            bits: Bits::Sixtyfour,
+        };
+        let some = check(DriverSource::Auto, Ok(DriverFiles { libraries: vec![library], others: vec![] }));
+        assert_eq!(some.found, "containers get what they need of 1 file of the driver, 1 of them libraries");
+    }
+
+    #[test]
     fn without_any_driver_two_things_are_missing() {
         let facts = Facts {
             version: None,
@@ -269,7 +318,12 @@ mod tests {
         let checks = verdict(&facts);
         assert_eq!(
             checks.iter().map(|c| (c.id.as_str(), c.status)).collect::<Vec<_>>(),
-            [("driver.module", Status::Fail), ("driver.library", Status::Fail), ("driver.uvm", Status::Skip)]
+            [
+                ("driver.module", Status::Fail),
+                ("driver.library", Status::Fail),
+                ("driver.uvm", Status::Skip),
+                ("driver.files", Status::Ok)
+            ]
         );
         assert!(checks[0].remedy.as_ref().unwrap().starts_with("install the NVIDIA driver"));
     }
