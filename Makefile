@@ -125,6 +125,7 @@ install: ## into $(DESTDIR)$(PREFIX) and $(DESTDIR)$(SYSCONFDIR); after make bui
 
 install-sim: ## the simulator, likewise
 	install -D -m 755 $(DIST)/nvml-sim $(DESTDIR)$(SIMDIR)/nvml-sim
+	install -D -m 755 $(DIST)/nvml-sim-smi $(DESTDIR)$(SIMDIR)/nvml-sim-smi
 	install -D -m 644 $(DIST)/libnvidia_ml.so $(DESTDIR)$(SIMDIR)/libnvidia_ml.so
 	install -d -m 755 $(DESTDIR)$(BINDIR)
 	ln -sfr $(DESTDIR)$(SIMDIR)/nvml-sim $(DESTDIR)$(BINDIR)/nvml-sim

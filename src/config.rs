@@ -535,6 +535,7 @@ mod tests {
             if let Some(name) = line.strip_prefix('[') {
                 table = name.trim_end_matches(']').to_owned() + ".";
             } else if let Some(words) = line.strip_prefix("# ") {
+                comment += if comment.is_empty() { "" } else { " " };
                 comment += words;
             } else if let Some((key, value)) = line.strip_prefix('#').and_then(|line| line.split_once(" = ")) {
                 found.push((format!("{table}{key}"), value.to_owned(), std::mem::take(&mut comment)));
@@ -560,6 +561,50 @@ mod tests {
         }
         let untouched = Settings::parse(include_str!("../packaging/dist/etc/mig-hook/config.toml")).unwrap();
         assert_eq!(format!("{untouched:?}"), default, "it changes nothing");
+    }
+
+    /// docs/settings.md. What it says is what the file that is installed says, which the test above holds against the code.
+    fn reference() -> String {
+        let more = |key: &str| match key {
+            "driver.root" | "driver.files" => " ([driver-files.md](driver-files.md))",
+            "placement.policy" => " ([performance.md](performance.md))",
+            "log.audit_file" => " ([state.md](state.md#audit-lines))",
+            "cdi.spec" => " ([engines.md](engines.md#cdi-slices-by---device))",
+            "queue.overtakes" => " ([queue.md](queue.md))",
+            "jobs.confine" => " ([slurm.md](slurm.md))",
+            _ => "",
+        };
+        let row = |(key, value, comment): (String, String, String)| {
+            let (comment, default) = match comment.split_once(" No default: ") {
+                Some((comment, default)) => {
+                    (format!("{comment} Example: `{value}`"), default.trim_end_matches('.').to_owned())
+                }
+                None => (comment, format!("`{value}`")),
+            };
+            format!("| `{key}` | {default} | {comment}{} |\n", more(&key))
+        };
+        let rows: String = installed_file().into_iter().map(row).collect();
+        format!(
+            "# Settings\n\nMade from the code (`UPDATE_SETTINGS=1 cargo test --lib config`). They are read from \
+             `/etc/mig-hook/config.toml`, anew each time; `--config FILE`, for\nmig-runtime `--mig-config FILE`, names \
+             another one. An ordinary host needs none of them, nor the file. It must be root's, and written by nobody\n\
+             else. An unknown key is refused, with the nearest valid one, and so is a value that makes no sense: then \
+             containers that ask for a slice\ndo not start. A file that is no TOML at all stops only these; the others \
+             run with the runtime that is found, not with `runtime.path`.\nPaths are absolute; times are written as \
+             `30s`, `5m` or `1h`. mig-hook-config(5) says more of each.\n\n| key | default | |\n|---|---|---|\n{rows}"
+        )
+    }
+
+    #[test]
+    fn the_reference_is_what_the_code_has() {
+        let published = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/settings.md");
+        if std::env::var_os("UPDATE_SETTINGS").is_some() {
+            std::fs::write(&published, reference()).unwrap();
+        }
+        assert!(
+            std::fs::read_to_string(published).unwrap() == reference(),
+            "docs/settings.md is not what the code has; after UPDATE_SETTINGS=1 cargo test --lib config it is"
+        );
     }
 
     #[test]
