@@ -63,6 +63,7 @@ struct LimitsFragment {
 #[serde(default, deny_unknown_fields)]
 struct SlicesFragment {
     foreign: Foreign,
+    idle_ttl: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -108,7 +109,7 @@ struct JobsFragment {
 }
 
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 26] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -122,6 +123,7 @@ const KEYS: [&str; 25] = [
     "limits.slices_per_container",
     "limits.gpus",
     "slices.foreign",
+    "slices.idle_ttl",
     "placement.policy",
     "requests.environment",
     "requests.open_device_rules",
@@ -217,6 +219,8 @@ pub struct Settings {
     pub gpus: Option<Vec<String>>,
     /// `slices.foreign`.
     pub foreign: Foreign,
+    /// How long what an ended holder had is kept for the next request of its profile (`slices.idle_ttl`); zero: not at all.
+    pub idle_ttl: Duration,
     /// `placement.policy`.
     pub policy: String,
     /// Whether requests in the environment count at all (`requests.environment`).
@@ -362,6 +366,7 @@ impl Settings {
             slices_per_container: limits.slices_per_container.unwrap_or(default.slices_per_container),
             gpus: limits.gpus,
             foreign: slices.foreign,
+            idle_ttl: time("slices.idle_ttl", slices.idle_ttl)?.unwrap_or(default.idle_ttl),
             policy: one_of("placement.policy", placement.policy, default.policy, &POLICIES)?,
             environment: requests.environment.unwrap_or(default.environment),
             open_device_rules: requests.open_device_rules.unwrap_or(default.open_device_rules),
@@ -394,6 +399,7 @@ impl Settings {
             slices_per_container: 8,
             gpus: None,
             foreign: Foreign::Refuse,
+            idle_ttl: Duration::ZERO,
             policy: POLICIES[0].to_owned(),
             environment: true,
             open_device_rules: false,
@@ -520,7 +526,7 @@ mod tests {
                 "log.level" => "\"debug\"",
                 "cdi.spec" => "\"/x.json\"",
                 "queue.overtakes" | "queue.length" => "0",
-                "queue.max_wait" | "jobs.wait" => "\"90s\"",
+                "slices.idle_ttl" | "queue.max_wait" | "jobs.wait" => "\"90s\"",
                 _ => "\"/x\"",
             };
             Settings::parse(&format!("{key} = {value}")).unwrap_or_else(|e| panic!("{key}: {e}"));
@@ -647,6 +653,7 @@ mod tests {
             ("cdi.spec = \"/etc/cdi/x\"", ".json"),
             ("queue.max_wait = \"long\"", "queue.max_wait = \"long\" is no time, as 30s, 5m or 1h"),
             ("jobs.wait = \"long\"", "jobs.wait"),
+            ("slices.idle_ttl = \"long\"", "slices.idle_ttl"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

@@ -25,6 +25,7 @@ mod choose;
 mod cordon;
 mod destroy;
 mod driver;
+mod idle;
 mod job;
 mod keep;
 mod layout;
@@ -261,14 +262,19 @@ impl<'a> Engine<'a> {
                 self.publish(lock, &devices, &leases);
                 self.decide_in_turn(lock, devices, &leases, (request, holder), &unusable, look)
             });
-            let (slices, overtaken) = match chosen {
+            let (chosen, overtaken) = match chosen {
                 // What the driver said says more than that no GPU is left to try.
                 Err(unmet) => return Err(last.unwrap_or_else(|| unmet.into())),
-                Ok((chosen, overtaken)) => (chosen.slices, overtaken),
+                Ok(chosen) => chosen,
             };
-            let mut lease = self.new_lease(holder, slices)?;
+            if let Err(busy) = self.evict(lock, &mut leases, &chosen.evicted)? {
+                last = Some(busy);
+                continue;
+            }
+            let mut lease = self.new_lease(holder, chosen.slices)?;
             self.store.put(lock, &lease.token, &lease)?;
             self.store.ready_intent(lock, &lease.token)?;
+            self.take_over_idle(lock, &mut leases, &lease)?;
             match self.cut(lock, &mut lease, &leases) {
                 Ok(()) => {
                     lease.state = State::Active;
@@ -351,6 +357,7 @@ impl<'a> Engine<'a> {
             created_ms: host::wall_ms(),
             granted_boot_ms: None,
             ended_ms: None,
+            idle_until_boot_ms: None,
             holder: holder.clone(),
             reserved_for: None,
             slices,
@@ -539,6 +546,7 @@ impl<'a> Engine<'a> {
             held: unsure && self.held(lease),
             bundle_exists: holder.bundle.as_deref().is_none_or(Path::exists),
             age_ms: host::boot_ms().saturating_sub(lease.created_boot_ms),
+            idle_is_over: lease.idle_until_boot_ms.is_some_and(|until| host::boot_ms() >= until),
         }
     }
 
@@ -584,6 +592,10 @@ impl<'a> Engine<'a> {
 
     /// Destroys a lease's slices, one try, and forgets it when nothing is left. What is in the way stays recorded.
     fn free(&self, lock: &Lock, mut lease: Lease, why: &str) -> Action {
+        if self.may_stay_idle(&lease) {
+            let kept = self.keep_idle(lock, &lease, why).map(|()| action(&lease, "freed", why));
+            return kept.unwrap_or_else(|failure| action(&lease, "failed", &format!("{why}; {failure}")));
+        }
         let before = lease.state;
         let recovering = matches!(before, State::Pending | State::Quarantined);
         lease.state = State::Releasing;

@@ -214,7 +214,7 @@ fn going_on(lease: &Lease, start_ms: u64, now_ms: u64) -> Hold {
     };
     let reason = match lease.state {
         State::Releasing | State::Quarantined => lease.reason.clone(),
-        State::Pending | State::Active | State::Static => None,
+        State::Pending | State::Active | State::Static | State::Idle => None,
     };
     Hold {
         token: lease.token.clone(),

@@ -40,6 +40,8 @@ pub enum Standing {
     Static,
     /// Kept, and free for the containers of one user.
     Reserved,
+    /// Its holder has ended; it is kept for the next one who asks for its profile, and goes when its room is needed.
+    Idle,
     /// Its holder has ended; it is to be destroyed, or given back, as soon as the driver lets us.
     Releasing,
     /// Neither usable nor surely ours to destroy.
@@ -54,6 +56,7 @@ impl Occupied<'_> {
     /// How it stands.
     pub fn standing(&self) -> Standing {
         match (self.lease.map(|lease| lease.state), self.kept) {
+            (Some(State::Idle), _) => Standing::Idle,
             (Some(State::Releasing), _) => Standing::Releasing,
             (Some(State::Quarantined), _) => Standing::Quarantined,
             (Some(_), _) => Standing::Held,
@@ -91,8 +94,12 @@ fn gpu<'a>(device: &'a Device, leases: &'a [Lease]) -> Gpu<'a> {
 /// that profile. Each for itself, as the driver counts (nvmlDeviceGetGpuInstanceRemainingCapacity): two free placements may
 /// overlap, so it is not how many more fit together, and engines that a profile shares out (`+me`) may be short all the same.
 pub fn free(device: &Device, leases: &[Lease], profile: &Profile) -> u32 {
-    let instances = device.instances.iter().map(|instance| (instance.profile, instance.placement));
-    let slices = leases.iter().flat_map(|lease| &lease.slices).filter(|slice| slice.gpu == device.uuid);
+    // What is idle goes as soon as its room is needed.
+    let is_idle = |lease: &&Lease| lease.state == State::Idle;
+    let stays = |instance: &&Instance| !leases.iter().filter(is_idle).any(|lease| lease.is_at(&device.uuid, instance));
+    let instances = device.instances.iter().filter(stays).map(|instance| (instance.profile, instance.placement));
+    let held = leases.iter().filter(|lease| !is_idle(lease));
+    let slices = held.flat_map(|lease| &lease.slices).filter(|slice| slice.gpu == device.uuid);
     let windows: BTreeSet<_> = instances.chain(slices.map(|slice| (slice.profile, slice.placement))).collect();
     let taken = windows.iter().fold(0, |taken, (_, placement)| taken | placement.mask());
     let made = windows.iter().filter(|(id, _)| *id == profile.id).count();

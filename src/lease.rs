@@ -46,6 +46,9 @@ pub struct Lease {
     pub ended_ms: Option<u64>,
     /// Who has it.
     pub holder: Holder,
+    /// Of an Idle one: milliseconds since boot when it is destroyed, if nobody has asked for its profile by then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_until_boot_ms: Option<u64>,
     /// Of a Static one: the only user whose containers get it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reserved_for: Option<u32>,
@@ -65,6 +68,9 @@ pub enum State {
     /// Kept for whoever asks: cut by migctl, or given to it. A container that gets it has a lease of its own, and leaves it
     /// as it was. Only migctl ends it.
     Static,
+    /// What an ended holder had, kept for a while for the next one who asks for its profile (`slices.idle_ttl`). It goes as
+    /// soon as its room is needed.
+    Idle,
     /// On its way out: to be destroyed as soon as the driver lets us.
     Releasing,
     /// Neither usable nor surely ours to destroy; nothing is placed there until it is resolved.
@@ -350,6 +356,7 @@ impl Lease {
         match (self.holder.name(), self.state) {
             (Some(name), _) => name,
             (None, State::Static) => "migctl".into(),
+            (None, State::Idle) => "nobody (idle)".into(),
             (None, State::Pending | State::Active) => self.holder.name_of_beginner(),
             (None, State::Releasing | State::Quarantined) => "a container that has ended".into(),
         }
@@ -390,6 +397,8 @@ pub struct Facts {
     pub bundle_exists: bool,
     /// Milliseconds since the lease was made.
     pub age_ms: u64,
+    /// Whether the time is over for which it was to be kept idle.
+    pub idle_is_over: bool,
 }
 
 /// What to do with a lease.
@@ -417,6 +426,8 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
         }
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
         State::Static => return Verdict::Keep("kept until migctl destroys it"),
+        State::Idle if facts.idle_is_over => return Verdict::Free("idle for as long as slices.idle_ttl says"),
+        State::Idle => return Verdict::Keep("idle, for the next one who asks for its profile"),
         State::Active if facts.announced => return Verdict::Free("its holder has ended"),
         State::Active => {}
     }
@@ -487,6 +498,7 @@ pub(crate) mod tests {
             created_ms,
             granted_boot_ms: None,
             ended_ms: None,
+            idle_until_boot_ms: None,
             holder,
             reserved_for: None,
             slices: vec![],
@@ -533,12 +545,15 @@ pub(crate) mod tests {
             held,
             bundle_exists,
             age_ms,
+            idle_is_over: age_ms > 60_000,
         };
         let cases = [
             // state, way, announced, owner, init, held, bundle, age → K(eep), F(ree), O(rphan)
             (State::Pending, Way::Precreate, false, true, Unknown, false, true, 0, 'F'),
             (State::Releasing, Way::Precreate, false, true, Alive, true, true, 0, 'F'),
             (State::Static, Way::Create, true, false, Unknown, true, true, 999_999, 'K'),
+            (State::Idle, Way::Shim, false, false, Unknown, false, true, 60_000, 'K'),
+            (State::Idle, Way::Shim, false, false, Unknown, false, true, 60_001, 'F'),
             (State::Quarantined, Way::Shim, true, false, Dead, true, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Alive, false, true, 0, 'K'),
             (State::Quarantined, Way::Shim, false, false, Dead, false, true, 0, 'F'),
@@ -598,7 +613,7 @@ pub(crate) mod tests {
             (none, State::Active, false, false, Unknown, false, late, 'K'),
         ];
         for (holder, state, announced, owner_alive, init, held, age_ms, expected) in cases {
-            let facts = Facts { announced, owner_alive, init, held, bundle_exists: true, age_ms };
+            let facts = Facts { announced, owner_alive, init, held, bundle_exists: true, age_ms, idle_is_over: false };
             let lease = Lease { holder, ..lease(state, Way::Job) };
             let letter = if matches!(verdict(&lease, facts), Verdict::Keep(_)) { 'K' } else { 'F' };
             assert_eq!(letter, expected, "{:?} {state:?} owner {owner_alive} {init:?} held {held}", lease.holder);

@@ -107,16 +107,18 @@ pub struct Tenant {
     pub user: Option<String>,
 }
 
-const STATES: [(State, &str); 5] = [
+const STATES: [(State, &str); 6] = [
     (State::Pending, "pending"),
     (State::Active, "active"),
     (State::Static, "static"),
+    (State::Idle, "idle"),
     (State::Releasing, "releasing"),
     (State::Quarantined, "quarantined"),
 ];
-const STANDINGS: [(Standing, &str); 7] = [
+const STANDINGS: [(Standing, &str); 8] = [
     (Standing::Held, "held"),
     (Standing::Static, "static"),
+    (Standing::Idle, "idle"),
     (Standing::Reserved, "reserved"),
     (Standing::Releasing, "releasing"),
     (Standing::Quarantined, "quarantined"),

@@ -50,6 +50,31 @@ impl Stage {
         config(json!({"mig.profile": "2g.12gb"}), &[])
     }
 
+    /// The same, where what has ended stays idle.
+    fn with_idle(way: Way) -> Stage {
+        let stage = Stage::new(way);
+        stage.world.settings("[slices]\nidle_ttl = \"1h\"");
+        stage
+    }
+
+    /// Leaves an idle slice of that profile behind, and nothing else.
+    fn leave_idle(&self, profile: &str) {
+        self.clear_idle();
+        let output = self.world.orphaned_precreate(&config(json!({"mig.profile": profile}), &[]));
+        let token = token_in(&output.stdout);
+        self.world.hook(&["poststop", "--lease", &token], &state("c0", 0, &self.world.path("bundle")));
+        let leases = self.world.assert_consistent(&self.foreign, "idle");
+        assert_eq!((leases.len(), &leases[0]["state"]), (1, &json!("idle")), "{leases:#?}");
+    }
+
+    /// migctl changes nothing while something idle is there.
+    fn clear_idle(&self) {
+        for verb in ["cordon", "uncordon"] {
+            assert!(self.world.migctl(&[verb, "0"]).status.success());
+        }
+        self.assert_nothing_left("without what was idle");
+    }
+
     fn fresh_bundle(&self) {
         self.world.bundle("bundle", &self.wanted());
     }
@@ -210,6 +235,22 @@ fn poststop_killed_at_every_call_leaves_nothing() {
 #[test]
 fn the_shims_delete_killed_at_every_call_leaves_nothing() {
     kill_release(Way::Shim);
+}
+
+#[test]
+fn an_acquire_that_evicts_killed_at_every_call_leaves_nothing() {
+    let stage = Stage::with_idle(Way::Podman);
+    stage.at_every_call(
+        60,
+        || stage.leave_idle("2g.12gb+me"),
+        |()| stage.acquire(),
+        |(), when| {
+            stage.gc(when);
+            let leases = stage.world.assert_consistent(&stage.foreign, when);
+            assert!(leases.len() <= 1 && leases.iter().all(|lease| lease["state"] == "idle"), "{when}: {leases:#?}");
+            stage.assert_serves_the_next(when);
+        },
+    );
 }
 
 #[test]
@@ -565,6 +606,38 @@ fn precreate_killed_at_every_step_in_the_file_system_leaves_nothing() {
         },
     );
     stage.assert_serves_the_next("at the end");
+}
+
+#[test]
+fn idle_slices_are_given_and_left_whole_wherever_the_kill_comes() {
+    if !has_strace("kills in the file system with idle slices") {
+        return;
+    }
+    let stage = Stage::with_idle(Way::Podman);
+    let (wanted, ended) = (stage.wanted().to_string().into_bytes(), state("c1", 0, &stage.world.path("bundle")));
+    let check = |when: &str| {
+        stage.gc(when);
+        let leases = stage.world.assert_consistent(&stage.foreign, when);
+        assert!(leases.len() <= 1 && leases.iter().all(|lease| lease["state"] == "idle"), "{when}: {leases:#?}");
+        stage.assert_serves_the_next(when);
+    };
+    at_every_file_step(
+        &stage,
+        10,
+        || stage.leave_idle("2g.12gb"),
+        |(), command| feed(command.arg("precreate"), &wanted),
+        |(), when| check(when),
+    );
+    at_every_file_step(
+        &stage,
+        8,
+        || {
+            stage.clear_idle();
+            stage.must_acquire("before")
+        },
+        |token, command| feed(command.args(["poststop", "--lease", token]), &ended),
+        |_, when| check(when),
+    );
 }
 
 /// What migctl does for commands and jobs.

@@ -80,6 +80,9 @@ fn sentence(lease: &Lease, named: &Named) -> String {
         let whom = lease.reserved_for.map(|uid| host::user_name(uid).unwrap_or_else(|| format!("uid {uid}")));
         return whom.map_or_else(|| "kept for anybody".to_owned(), |whom| format!("kept for {whom}"));
     }
+    if lease.state == State::Idle {
+        return "idle, for the next of its profile".to_owned();
+    }
     called(named, lease.held_by())
 }
 

@@ -378,7 +378,7 @@ fn figures(slice: &SliceRow, widest_total: usize) -> Vec<String> {
 fn colour(state: Standing) -> Style {
     match state {
         Standing::Held => AnsiColor::Green.on_default(),
-        Standing::Static | Standing::Reserved => AnsiColor::Cyan.on_default(),
+        Standing::Static | Standing::Idle | Standing::Reserved => AnsiColor::Cyan.on_default(),
         Standing::Releasing | Standing::Foreign => AnsiColor::Yellow.on_default(),
         Standing::Quarantined | Standing::Lost => AnsiColor::Red.on_default(),
     }

@@ -169,6 +169,8 @@ pub(super) enum State {
     Held,
     /// Kept, and free for whoever asks.
     Static,
+    /// What an ended holder had, for the next one of its profile; gone when its room is needed.
+    Idle,
     /// Kept, and free for the containers of one user.
     Reserved,
     /// Not created by mig-hook, nor given to it.
@@ -295,6 +297,7 @@ fn existing(slice: &Occupied<'_>) -> Window {
     let state = match slice.standing() {
         Standing::Held => State::Held,
         Standing::Static => State::Static,
+        Standing::Idle => State::Idle,
         Standing::Reserved => State::Reserved,
         Standing::Releasing => State::Releasing,
         Standing::Quarantined => State::Quarantined,
@@ -366,6 +369,7 @@ impl State {
         match self {
             State::Held => "held",
             State::Static => "static (kept, free to use)",
+            State::Idle => "idle (kept a while, gone when its room is needed)",
             State::Reserved => "reserved for a user",
             State::Foreign => "foreign (not of mig-hook)",
             State::Releasing => "releasing",
@@ -387,6 +391,7 @@ impl Window {
                 self.held.reserved_for.map_or_else(String::new, |uid| format!("for {}", whom(uid)))
             }
             (State::Static, ..) => "static".into(),
+            (State::Idle, ..) => "idle".into(),
             (State::Foreign, ..) => "foreign".into(),
             (_, Some(name), _) => name.clone(),
             (_, None, Some(id)) => short(id).to_owned(),

@@ -118,6 +118,7 @@ fn change(settings: &Settings, nvml: &Nvml, args: &Args, on: bool) -> Result<Vec
         bail!(Misused("which GPU? Name it by its index, UUID or PCI address, or say all".into()));
     }
     let engine = Engine::open(settings, nvml)?;
+    engine.clear_idle()?;
     let devices = engine.managed_gpus()?;
     let found = target::find_gpus(&devices, &args.gpus)?;
     if let Some(why) = found.iter().find_map(|device| engine.why_not_mode(device, on)) {

@@ -35,7 +35,7 @@ pub(super) fn run(settings: &Settings, args: &Args, json: bool) -> Result<Exit> 
         let why = format!("{} keeps a slice until migctl destroy ends it; see migctl list", lease.token);
         return Err(Failure::BadRequest(why).into());
     }
-    if engine.is_alive(&lease) {
+    if lease.state != State::Idle && engine.is_alive(&lease) {
         let who = lease.held_by();
         return Err(Failure::NotAllowed(format!(
             "{who} is alive and keeps its slice; stop it first, then nothing is left to release"

@@ -10,7 +10,7 @@ use crate::placement::{self, Choice, Held, NoPlace, Policy, Reason, Room, Window
 use crate::profile;
 use crate::request::{GpuSelector, Request, Want};
 
-use super::{Cordons, Engine, Failure};
+use super::{Cordons, Engine, Failure, idle};
 
 /// What kind of refusal it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -75,6 +75,8 @@ pub(super) struct Chosen {
     pub slices: Vec<Slice>,
     /// Why the alternatives before it were not taken, each in turn.
     pub passed: Vec<Refusal>,
+    /// Tokens of the idle ones that have to go first.
+    pub evicted: Vec<String>,
 }
 
 /// The process that uses an existing GPU instance, if one does.
@@ -238,8 +240,16 @@ impl Engine<'_> {
         let mut passed = Vec::new();
         for wants in &request.alternatives {
             match self.choose_all(devices, leases, wants, uid, user_of) {
-                Ok(slices) => return Ok(Chosen { slices, passed }),
-                Err(Unmet::Refused(refusals)) => passed.extend(refusals),
+                Ok(slices) => return Ok(Chosen { slices, passed, evicted: Vec::new() }),
+                Err(Unmet::Refused(refusals)) => {
+                    let choose = |devices: &[Device], leases: &[Lease]| {
+                        self.choose_all(devices, leases, wants, uid, user_of).ok()
+                    };
+                    if let Some((slices, evicted)) = idle::evicting(devices, leases, choose) {
+                        return Ok(Chosen { slices, passed, evicted });
+                    }
+                    passed.extend(refusals);
+                }
                 Err(failed) => return Err(failed),
             }
         }
@@ -286,8 +296,8 @@ impl Engine<'_> {
         Ok(found)
     }
 
-    /// An existing slice for `want`: named by UUID, or of that profile and kept for whoever asks (a user's own before
-    /// others), or idle where the settings let foreign ones go.
+    /// An existing slice for `want`: named by UUID, or of that profile and a user's own, idle, or kept for whoever asks, in
+    /// this order; or unused where the settings let foreign ones go.
     fn locate(
         &self,
         devices: &[Device],
@@ -307,7 +317,10 @@ impl Engine<'_> {
         };
         let by_name = matches!(want, Want::Uuid(_));
         let kept_here = |device: &Device, instance: &Instance| {
-            leases.iter().find(|lease| lease.state == State::Static && lease.is_at(&device.uuid, instance))
+            let here = |lease: &&Lease| {
+                matches!(lease.state, State::Static | State::Idle) && lease.is_at(&device.uuid, instance)
+            };
+            leases.iter().find(here)
         };
         let instances = devices.iter().flat_map(|device| device.instances.iter().map(move |i| (device, i)));
         let mut fitting: Vec<(&Device, &Instance, Option<&Lease>)> = Vec::new();
@@ -331,8 +344,9 @@ impl Engine<'_> {
         }
         fitting.sort_by_key(|(_, _, kept)| match kept {
             Some(kept) if kept.reserved_for.is_some() => 0,
-            Some(_) => 1,
-            None => 2,
+            Some(kept) if kept.state == State::Idle => 1,
+            Some(_) => 2,
+            None => 3,
         });
         for (device, instance, kept) in fitting {
             if !by_name && kept.is_none() && self.settings.foreign == Foreign::Refuse {
@@ -343,7 +357,12 @@ impl Engine<'_> {
                 refusal => refusal,
             };
             match refusal {
-                None => return Ok(Slice::located(device, instance, &instance.compute[0])),
+                None => {
+                    // Of an idle one the new holder's end disposes, as it did when it was cut.
+                    let ours = kept.is_some_and(|kept| kept.state == State::Idle);
+                    let located = Slice::located(device, instance, &instance.compute[0]);
+                    return Ok(located.map(|slice| Slice { ours, ..slice }));
+                }
                 Some((kind, why)) if by_name => return Err(Refusal::new(kind, format!("slice {want} {why}")).into()),
                 Some(_) => {}
             }
@@ -367,7 +386,7 @@ impl Engine<'_> {
         found: &[Option<Slice>],
         uid: Option<u32>,
     ) -> Option<(Kind, String)> {
-        let mut holders = leases.iter().filter(|lease| lease.state != State::Static);
+        let mut holders = leases.iter().filter(|lease| !matches!(lease.state, State::Static | State::Idle));
         if let Some(lease) = holders.find(|lease| lease.is_at(&device.uuid, instance)) {
             return Some((Kind::Held, format!("is held by {}", lease.held_by())));
         }
@@ -524,6 +543,7 @@ fn standing(lease: &Lease) -> String {
     match (lease.state, lease.reserved_for) {
         (State::Static, Some(uid)) => format!("reserved for uid {uid}"),
         (State::Static, None) => "kept".into(),
+        (State::Idle, _) => "idle".into(),
         (State::Quarantined, _) => format!("{}, quarantined", lease.held_by()),
         (State::Releasing, _) if lease.holder.container.is_some() => format!("{}, which has ended", lease.held_by()),
         (State::Pending | State::Active | State::Releasing, _) => lease.held_by(),

@@ -92,7 +92,6 @@ impl Engine<'_> {
     /// Who is on a GPU, after what has ended there was given back: holders of slices, and processes that the driver lists.
     pub fn occupants(&self, device: &Device) -> Result<Vec<Occupant>, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         self.look_afresh(&lock);
         let leases = self.leases()?;
         drop(lock);

@@ -35,7 +35,6 @@ impl Engine<'_> {
     /// one is held or in use, unless forced; a holder whose slice is destroyed all the same keeps its minors until it ends.
     pub fn destroy_instances(&self, places: &[Place], force: bool) -> Result<Vec<Destroyed>, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         self.destroy_locked(&lock, places, force)
     }
 
@@ -60,7 +59,6 @@ impl Engine<'_> {
     /// Destroys one of several compute instances. Refuses when a process uses it, forced or not as the driver decides.
     pub fn destroy_compute(&self, gpu: &str, gi: u32, ci: u32, force: bool) -> Result<Destroyed, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let devices = self.managed_gpus()?;
         let (device, instance) = find(&devices, gpu, gi)?;
         let name = format!("{}/{ci}", name_of(device, instance));

@@ -12,14 +12,13 @@ use crate::request::{GpuSelector, Want};
 use crate::store::Lock;
 
 use super::choose::usable;
-use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, audited, new_holder};
+use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, audited, idle, new_holder};
 
 impl Engine<'_> {
     /// Cuts GPU instances and keeps them, all or none, at the best placements. One record each. `start`: the first memory
     /// slice of a single one. A cordoned GPU is used only when it is named.
     pub fn create(&self, cuts: &[Cut], gpu: Option<&GpuSelector>, start: Option<u32>) -> Result<Vec<Lease>, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let devices = self.to_cut_on(cuts, gpu, start)?;
         self.create_locked(&lock, cuts, &devices, None)
     }
@@ -31,16 +30,27 @@ impl Engine<'_> {
         gpu: Option<&GpuSelector>,
         start: Option<u32>,
     ) -> Result<Vec<Vec<Slice>>, Failure> {
-        let (devices, mut leases) = (self.to_cut_on(cuts, gpu, start)?, self.leases()?);
+        let (mut devices, mut leases) = (self.to_cut_on(cuts, gpu, start)?, self.leases()?);
+        idle::take_out(&mut devices, &mut leases, |_| true);
         take_vanished(&devices, &mut leases);
         self.planned(cuts, &devices, &leases)
     }
 
-    /// The lock, with the records of this boot.
+    /// The lock, with the records of this boot, of those that live: an administrator finds nothing in the way that is there
+    /// for nobody.
     pub(super) fn lock_for_change(&self) -> Result<Lock, Failure> {
         let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
         self.store.begin_boot(&lock, &host::boot_id()?)?;
+        self.reap(&lock)?;
+        for lease in self.leases()?.into_iter().filter(|lease| lease.state == State::Idle) {
+            self.free(&lock, lease, "migctl is about to change something");
+        }
         Ok(lock)
+    }
+
+    /// Destroys what is idle, where a verb looks at the GPUs before it changes them.
+    pub fn clear_idle(&self) -> Result<(), Failure> {
+        self.lock_for_change().map(drop)
     }
 
     /// The GPUs on which something may be cut, with those placements that count.
@@ -120,7 +130,6 @@ impl Engine<'_> {
     /// Keeps an existing GPU instance that mig-hook did not create. It may be in use: then it is given to nobody yet.
     pub fn adopt(&self, gpu: &str, gi: u32) -> Result<Lease, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let devices = self.managed_gpus()?;
         let (device, instance) = find(&devices, gpu, gi)?;
         let name = name_of(device, instance);
@@ -179,7 +188,6 @@ impl Engine<'_> {
             )));
         }
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let devices = self.to_cut_on(cuts, gpu, None)?;
         let mut leases = self.leases()?;
         self.drop_vanished(&lock, &devices, &mut leases)?;
@@ -214,7 +222,6 @@ impl Engine<'_> {
     /// Has a kept GPU instance for the containers of that user only, or with `None` for everybody again.
     pub fn reserve_for(&self, gpu: &str, gi: u32, owner: Option<u32>) -> Result<Lease, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let devices = self.managed_gpus()?;
         let (device, instance) = find(&devices, gpu, gi)?;
         let lease = self.kept_at(device, instance)?;
@@ -349,7 +356,8 @@ impl Engine<'_> {
     pub(super) fn look_afresh(&self, lock: &Lock) -> Vec<Action> {
         let look = || {
             let mut leases = self.leases()?;
-            if self.settings.cdi_spec.is_none() && leases.iter().all(|lease| lease.state != State::Static) {
+            let may_have_gone = |lease: &Lease| matches!(lease.state, State::Static | State::Idle);
+            if self.settings.cdi_spec.is_none() && !leases.iter().any(may_have_gone) {
                 return Ok(Vec::new());
             }
             let devices = self.managed_devices()?;
@@ -426,10 +434,11 @@ pub(super) fn kept(lease: &Lease) -> serde_json::Value {
     json!({"token": lease.token, "reserved_for": lease.reserved_for, "slices": audited(lease)})
 }
 
-/// Takes out of `leases` the kept slices that are not there any more.
+/// Takes out of `leases` the kept and the idle slices that are not there any more.
 pub(super) fn take_vanished(devices: &[Device], leases: &mut Vec<Lease>) -> Vec<Lease> {
     let vanished = |lease: &mut Lease| {
-        lease.state == State::Static && lease.slices.iter().any(|slice| has_vanished(slice, devices))
+        let is_there_for_others = matches!(lease.state, State::Static | State::Idle);
+        is_there_for_others && lease.slices.iter().any(|slice| has_vanished(slice, devices))
     };
     leases.extract_if(.., vanished).collect()
 }

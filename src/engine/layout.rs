@@ -14,7 +14,7 @@ use crate::store::Lock;
 use super::destroy::Destroyed;
 use super::keep::{kept, name_of, slices_of};
 use super::mode::{Changed, Client};
-use super::{Engine, Failure, audit, new_holder};
+use super::{Engine, Failure, audit, idle, new_holder};
 
 /// What one GPU shall be like.
 #[derive(Debug, Clone)]
@@ -69,7 +69,6 @@ impl Engine<'_> {
     /// use would have to go, or where it does not fit. What fails in the middle is rolled back.
     pub fn apply(&self, targets: &[Target], watch: Watch<'_>) -> Result<Vec<Change>, Failure> {
         let lock = self.lock_for_change()?;
-        self.reap(&lock)?;
         let mut leases = self.leases()?;
         let before = self.managed_gpus()?;
         self.drop_vanished(&lock, &before, &mut leases)?;
@@ -95,7 +94,9 @@ impl Engine<'_> {
     pub fn plan_apply(&self, targets: &[Target]) -> Result<Vec<Change>, Failure> {
         let mut leases = self.leases()?;
         leases.retain(|lease| lease.state == State::Static || self.is_alive(lease));
-        let todos = self.todos(targets, &self.managed_gpus()?, &leases)?;
+        let mut devices = self.managed_gpus()?;
+        idle::take_out(&mut devices, &mut leases, |_| true);
+        let todos = self.todos(targets, &devices, &leases)?;
         let change = |todo: &Todo<'_>| {
             let cut = todo.plan.come.iter().filter_map(|new| slices_for(&todo.device, new)).collect();
             let mig = if todo.target.mig { MigMode::On } else { mode_off(&todo.device) };

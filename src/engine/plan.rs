@@ -16,7 +16,7 @@ use crate::request::{Request, Want, format_wants};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
 use super::keep::take_vanished;
-use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, ToDestroy};
+use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, ToDestroy, idle};
 
 /// Most sets of holders whose end would make room.
 const MAX_SETS: usize = 8;
@@ -98,6 +98,8 @@ pub enum Source {
     New,
     /// It exists, kept for whoever asks.
     Kept,
+    /// It exists, left by a holder that has ended, and not destroyed yet.
+    Idle,
     /// It exists, kept for this user.
     Reserved,
     /// It exists, and mig-hook did not create it.
@@ -286,6 +288,7 @@ impl Engine<'_> {
         let (in_line, decided) = self.decide_at_the_end(scene.devices.clone(), &scene.leases, (request, &holder));
         drop(lock);
         plan.in_line = in_line;
+        plan.freed_first.extend(take_evicted(&mut scene, decided.as_ref().ok()));
         let usable = self.usable_devices(scene.devices.clone(), request, &[]).unwrap_or_default();
         plan.gpus = self.gpu_rooms(&scene, &usable)?;
         match decided {
@@ -458,6 +461,7 @@ impl Engine<'_> {
                 Source::New => reasons.next().unwrap_or_default(),
                 _ if matches!(want, Want::Uuid(_)) => "it is named by its UUID".into(),
                 Source::Kept => "it is there already, kept for whoever asks".into(),
+                Source::Idle => "it is there already, left by a holder that has ended".into(),
                 Source::Reserved => "it is there already, kept for this user".into(),
                 Source::Foreign => "it is there already, idle, and slices.foreign = \"idle\" lets it be taken".into(),
             };
@@ -635,6 +639,7 @@ impl Engine<'_> {
                 State::Pending | State::Active => Standing::Held,
                 State::Static if lease.reserved_for.is_some() => Standing::Reserved,
                 State::Static => Standing::Static,
+                State::Idle => Standing::Idle,
                 State::Releasing => Standing::Releasing,
                 State::Quarantined => Standing::Quarantined,
             },
@@ -643,7 +648,7 @@ impl Engine<'_> {
                 State::Static if !scene.leases.iter().any(used) => Some(destroy()),
                 State::Static => Some(format!("{}, when who uses it has ended", destroy())),
                 State::Releasing | State::Quarantined => Some("migctl gc, when nothing uses it any more".into()),
-                State::Pending | State::Active => None,
+                State::Pending | State::Active | State::Idle => None,
             },
             slices,
         })
@@ -681,12 +686,29 @@ fn source(slice: &Slice, leases: &[Lease]) -> Source {
     if slice.uuid.is_none() {
         return Source::New;
     }
-    let kept = |lease: &&Lease| lease.state == State::Static && lease.slices.iter().any(|own| is_same(own, slice));
-    match leases.iter().find(kept).map(|lease| lease.reserved_for) {
-        Some(Some(_)) => Source::Reserved,
-        Some(None) => Source::Kept,
+    let there = |lease: &&Lease| {
+        matches!(lease.state, State::Static | State::Idle) && lease.slices.iter().any(|own| is_same(own, slice))
+    };
+    match leases.iter().find(there).map(|lease| (lease.state, lease.reserved_for)) {
+        Some((State::Idle, _)) => Source::Idle,
+        Some((_, Some(_))) => Source::Reserved,
+        Some((_, None)) => Source::Kept,
         None => Source::Foreign,
     }
+}
+
+/// What goes to make room, out of the scene: those that were chosen to. Of a request that does not fit all that is idle, which
+/// is in nobody's way.
+fn take_evicted(scene: &mut Scene, chosen: Option<&Chosen>) -> Vec<Freed> {
+    let goes = |lease: &Lease| chosen.is_none_or(|chosen| chosen.evicted.contains(&lease.token));
+    let gone = idle::take_out(&mut scene.devices, &mut scene.leases, goes);
+    let freed = |lease: Lease| Freed {
+        name: lease.held_by(),
+        reason: "its room is needed".into(),
+        slices: lease.slices.iter().map(held_slice).collect(),
+        token: lease.token,
+    };
+    gone.into_iter().filter(|_| chosen.is_some()).map(freed).collect()
 }
 
 fn is_same(one: &Slice, other: &Slice) -> bool {

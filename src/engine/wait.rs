@@ -21,7 +21,7 @@ use crate::request::{Request, Want, format_alternatives, format_wait};
 use crate::store::{Bell, Lock, Rung, Store};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet};
-use super::{ACQUIRE_LOCK_WAIT, Engine, Failure};
+use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
 
 /// Longest wait in a hook or the shim. The hooks that we register have 120 s, for this and twice for the lock; whoever wants
 /// to wait longer is not a container's start.
@@ -351,14 +351,17 @@ impl Engine<'_> {
                 asleep: own.is_none_or(|(own, _)| own != at) && ticket.is_some_and(|ticket| ticket.is_asleep(now)),
             });
         }
-        let mut leases = leases.to_vec();
+        let (mut devices, mut leases) = (devices.to_vec(), leases.to_vec());
         let mut decisions: Vec<Option<Result<Chosen, Unmet>>> = line.iter().map(|_| None).collect();
         let line = scan(&waiters, |at, closed| {
             let (request, holder) = line[at];
             let unusable = own.filter(|(own, _)| *own == at).map(|(_, unusable)| unusable).unwrap_or_default();
             let left_out = left_out(unusable, closed);
-            let decided = self.decide(devices.to_vec(), &leases, request, holder.uid, &left_out);
+            let decided = self.decide(devices.clone(), &leases, request, holder.uid, &left_out);
             let gpus = decided.as_ref().ok().map(|chosen| chosen.slices.iter().map(|s| s.gpu.clone()).collect());
+            if let Ok(chosen) = &decided {
+                idle::take_out(&mut devices, &mut leases, |lease| chosen.evicted.contains(&lease.token));
+            }
             if let Ok(chosen) = &decided
                 && let Ok(lease) = self.new_lease(holder, chosen.slices.clone())
             {

@@ -174,6 +174,7 @@ fn slices(gpu: &inventory::Gpu) -> Check {
     let standings = [
         (Standing::Held, "held"),
         (Standing::Static, "kept"),
+        (Standing::Idle, "idle"),
         (Standing::Reserved, "reserved"),
         (Standing::Releasing, "to be destroyed"),
         (Standing::Quarantined, "quarantined"),

@@ -84,7 +84,7 @@ fn verdict(held: &Held) -> Option<Check> {
     let who: Vec<String> = outsiders.iter().map(|p| format!("{} (pid {})", p.name, p.pid)).collect();
     let remedy = stop(outsiders, slice.gpu_minor);
     let found = match (lease.state, who.is_empty()) {
-        (State::Static, _) | (State::Pending | State::Active, true) => return None,
+        (State::Static | State::Idle, _) | (State::Pending | State::Active, true) => return None,
         (State::Pending | State::Active, false) => format!(
             "{name}, of {}, is also open in {}: it can't be destroyed while that lasts",
             lease.held_by(),

@@ -132,7 +132,8 @@ fn leases(dir: &Path, records: &[Record]) -> Vec<Check> {
     let readable: Vec<(&Lease, bool)> =
         records.iter().filter_map(|r| r.lease.as_ref().ok().map(|lease| (lease, r.alive))).collect();
     // Slices that can't be destroyed are told with their holders; what is kept has none.
-    let settled = |lease: &Lease| matches!(lease.state, State::Releasing | State::Quarantined | State::Static);
+    let settled =
+        |lease: &Lease| matches!(lease.state, State::Releasing | State::Quarantined | State::Static | State::Idle);
     let stale: Vec<String> = readable
         .iter()
         .filter(|(lease, alive)| !alive && !settled(lease))

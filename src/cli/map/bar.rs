@@ -93,6 +93,7 @@ fn colors(state: State) -> Option<(u8, u8, u8)> {
     match state {
         State::Held => Some((25, 231, 110)),
         State::Static => Some((29, 231, 115)),
+        State::Idle => Some((66, 231, 109)),
         State::Reserved => Some((96, 231, 182)),
         State::Foreign => Some((179, 16, 94)),
         State::Releasing => Some((110, 16, 24)),
@@ -155,6 +156,7 @@ impl Canvas {
         match (self.ascii, state) {
             (false, State::Held) => '●',
             (false, State::Static) => '○',
+            (false, State::Idle) => '◌',
             (false, State::Reserved) => '◆',
             (false, State::Foreign) => '▲',
             (false, State::Releasing) => '◐',
@@ -162,6 +164,7 @@ impl Canvas {
             (false, State::Unusable) => '╱',
             (true, State::Held) => '*',
             (true, State::Static) => 'o',
+            (true, State::Idle) => '_',
             (true, State::Reserved) => '@',
             (true, State::Foreign) => '^',
             (true, State::Releasing) => '~',
@@ -398,9 +401,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const STATES: [State; 10] = [
+    const STATES: [State; 11] = [
         State::Held,
         State::Static,
+        State::Idle,
         State::Reserved,
         State::Foreign,
         State::Releasing,

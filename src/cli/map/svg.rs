@@ -31,7 +31,7 @@ const STYLE: &str = "
     .room { fill: none; stroke: #8c959f; stroke-dasharray: 4 3; }
     .tick { stroke: #8c959f; }
     .hatch { stroke: #b6bdc5; stroke-width: 2; }
-    .held { fill: #0b5fa5; } .static { fill: #00795c; } .reserved { fill: #8a5a8c; } .foreign { fill: #e0ac3c; }
+    .held { fill: #0b5fa5; } .static { fill: #00795c; } .idle { fill: #4f7d8c; } .reserved { fill: #8a5a8c; } .foreign { fill: #e0ac3c; }
     .releasing { fill: #8cc4ea; } .quarantined { fill: #c75000; } .lost { fill: none; stroke: #c75000; stroke-dasharray: 4 3; }
     .on text { fill: #ffffff; } .on .mark { fill: #ffffff; stroke: #ffffff; }
     .dark text { fill: #16191d; } .dark .mark { fill: #16191d; stroke: #16191d; }
@@ -142,7 +142,7 @@ fn draw_note(out: &mut String, text: &str, mut y: f64) -> f64 {
 
 fn class(state: State) -> (String, &'static str) {
     let ink = match state {
-        State::Held | State::Static | State::Reserved | State::Quarantined => "on",
+        State::Held | State::Static | State::Idle | State::Reserved | State::Quarantined => "on",
         State::Foreign | State::Releasing => "dark",
         State::Lost | State::Hidden | State::Free | State::Unusable => "",
     };
@@ -216,6 +216,9 @@ fn mark(state: State, x: f64, y: f64) -> String {
     let form = match state {
         State::Held => format!("<circle class=\"mark\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.5\"/>"),
         State::Static => format!("<circle class=\"mark ring\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.2\"/>"),
+        State::Idle => {
+            format!("<circle class=\"mark ring\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.2\" stroke-dasharray=\"2 2.4\"/>")
+        }
         State::Reserved => format!("<path class=\"mark\" d=\"M{x:.1} {:.1}l4 5l-4 5l-4 -5z\"/>", y - 5.0),
         State::Foreign => format!("<path class=\"mark\" d=\"M{x:.1} {:.1}l4.6 8h-9.2z\"/>", y - 4.5),
         State::Releasing => format!(
@@ -331,9 +334,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_names_are_it_is_xml(name in any::<String>(), state in 0..9_usize) {
+        fn whatever_the_names_are_it_is_xml(name in any::<String>(), state in 0..10_usize) {
             let states = [State::Held, State::Static, State::Reserved, State::Foreign, State::Releasing, State::Quarantined,
-                State::Lost, State::Free, State::Unusable];
+                State::Lost, State::Free, State::Unusable, State::Idle];
             let text = picture(&map(&name, states[state]));
             let document = roxmltree::Document::parse(&text).unwrap();
             prop_assert_eq!(document.root_element().tag_name().name(), "svg");

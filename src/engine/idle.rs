@@ -1,0 +1,124 @@
+//! What ended holders leave for the next one who asks for its profile (`slices.idle_ttl`): one record for each slice, so that
+//! each is found by itself. It is in nobody's way: the cheapest ones go as soon as that makes room.
+
+use crate::gpu::{Device, Instance};
+use crate::host;
+use crate::lease::{Holder, Lease, Slice, State, Step};
+use crate::store::Lock;
+
+use super::{Engine, Failure};
+
+impl Engine<'_> {
+    /// Whether what that holder has had may wait for the next one: whole, cut by us, on a GPU that takes new holders, and
+    /// nobody is left in it.
+    pub(super) fn may_stay_idle(&self, lease: &Lease) -> bool {
+        let whole = |slice: &Slice| slice.ours && slice.step == Step::Whole && slice.compute_slices.is_none();
+        !self.settings.idle_ttl.is_zero()
+            && lease.state == State::Active
+            && lease.slices.iter().all(whole)
+            && !self.held(lease)
+            && lease.slices.iter().all(|slice| self.is_unused(slice).unwrap_or(false))
+    }
+
+    fn is_unused(&self, slice: &Slice) -> Result<bool, Failure> {
+        if self.cordons()?.contains_key(&slice.gpu) {
+            return Ok(false);
+        }
+        let there = self.gpu.instances(&slice.gpu)?.into_iter().find(|instance| {
+            slice.is_at(&slice.gpu, instance)
+                && instance.compute.iter().map(|c| Some(&c.uuid)).eq([slice.uuid.as_ref()])
+        });
+        match there {
+            Some(instance) => Ok(self.user_in(&slice.gpu, slice.gpu_minor, &instance)?.is_none()),
+            None => Ok(false),
+        }
+    }
+
+    /// Records each slice for itself, then forgets the lease. Where a kill comes between, the lease is freed again, and finds
+    /// its slices recorded.
+    pub(super) fn keep_idle(&self, lock: &Lock, lease: &Lease, why: &str) -> Result<(), Failure> {
+        let leases = self.leases()?;
+        let recorded = |slice: &Slice| {
+            leases.iter().any(|other| other.state == State::Idle && other.slices.iter().any(|s| s.shares(slice)))
+        };
+        for slice in lease.slices.iter().filter(|slice| !recorded(slice)) {
+            let ttl = u64::try_from(self.settings.idle_ttl.as_millis()).unwrap_or(u64::MAX);
+            let idle = Lease {
+                state: State::Idle,
+                idle_until_boot_ms: Some(host::boot_ms().saturating_add(ttl)),
+                ..self.new_lease(&Holder::new(lease.holder.way), vec![slice.clone()])?
+            };
+            self.store.put(lock, &idle.token, &idle)?;
+        }
+        let ended = Lease { reason: Some(why.to_owned()), ..lease.clone() };
+        self.forget(lock, &ended)
+    }
+
+    /// The records of idle slices that a new lease has: it is theirs now. Until it is Active a kill leaves both, and the next
+    /// one destroys the slice.
+    pub(super) fn take_over_idle(&self, lock: &Lock, leases: &mut Vec<Lease>, lease: &Lease) -> Result<(), Failure> {
+        let taken = |idle: &mut Lease| {
+            idle.state == State::Idle
+                && idle.slices.iter().any(|slice| lease.slices.iter().any(|own| own.shares(slice)))
+        };
+        for idle in leases.extract_if(.., taken).collect::<Vec<_>>() {
+            self.store.remove(lock, &idle.token, None)?;
+        }
+        Ok(())
+    }
+
+    /// Destroys these idle ones. The inner error: one of them could not be.
+    pub(super) fn evict(
+        &self,
+        lock: &Lock,
+        leases: &mut Vec<Lease>,
+        tokens: &[String],
+    ) -> Result<Result<(), Failure>, Failure> {
+        for idle in leases.extract_if(.., |lease| tokens.contains(&lease.token)).collect::<Vec<_>>() {
+            let action = self.free(lock, idle, "its room is needed");
+            if action.result != "freed" {
+                *leases = self.leases()?;
+                return Ok(Err(Failure::NoRoom(format!("an idle slice does not make room: {}", action.reason))));
+            }
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// What `choose` finds where some of what is idle goes, and the tokens of that: as few and as small ones as do.
+pub(super) fn evicting<T>(
+    devices: &[Device],
+    leases: &[Lease],
+    choose: impl Fn(&[Device], &[Lease]) -> Option<T>,
+) -> Option<(T, Vec<String>)> {
+    let here = |lease: &&Lease| lease.slices.iter().all(|slice| devices.iter().any(|d| d.uuid == slice.gpu));
+    let mut idle: Vec<&Lease> = leases.iter().filter(|lease| lease.state == State::Idle).filter(here).collect();
+    let size = |lease: &Lease| lease.slices.iter().map(|slice| slice.placement.size).sum::<u32>();
+    idle.sort_by_key(|lease| (size(lease), lease.idle_until_boot_ms));
+    let without = |tokens: &[&str]| {
+        let (mut devices, mut leases) = (devices.to_vec(), leases.to_vec());
+        take_out(&mut devices, &mut leases, |lease| tokens.contains(&lease.token.as_str()));
+        choose(&devices, &leases)
+    };
+    let tokens: Vec<&str> = idle.iter().map(|lease| lease.token.as_str()).collect();
+    let enough = (1..=tokens.len()).find(|count| without(&tokens[..*count]).is_some())?;
+    // The last one is needed. Of those before it stays what is not, the largest first.
+    let mut evicted = tokens[..enough].to_vec();
+    for token in tokens[..enough].iter().rev().skip(1) {
+        let fewer: Vec<&str> = evicted.iter().copied().filter(|other| other != token).collect();
+        if without(&fewer).is_some() {
+            evicted = fewer;
+        }
+    }
+    Some((without(&evicted)?, evicted.into_iter().map(str::to_owned).collect()))
+}
+
+/// Takes idle ones out of a picture of the GPUs, as if they were destroyed.
+pub(super) fn take_out(devices: &mut [Device], leases: &mut Vec<Lease>, which: impl Fn(&Lease) -> bool) -> Vec<Lease> {
+    let gone: Vec<Lease> = leases.extract_if(.., |lease| lease.state == State::Idle && which(lease)).collect();
+    for device in devices {
+        let there = |instance: &Instance| gone.iter().any(|lease| lease.is_at(&device.uuid, instance));
+        device.instances.retain(|instance| !there(instance));
+    }
+    gone
+}
