@@ -357,6 +357,17 @@ impl Engine<'_> {
         run(&mut self.command(args))
     }
 
+    /// Takes a container away. podman fails where the mount of its /dev/shm is in a mount namespace that somebody has just
+    /// made, for as long as that lives: containers of other tests.
+    fn remove(&self, id: &str) {
+        let busy = || {
+            let output = run(&mut self.command(&["rm", "-f", id]));
+            assert!(output.status.success() || text(&output).contains("resource busy"), "{}", text(&output));
+            !output.status.success()
+        };
+        common::wait_for("the end of its mounts", Duration::from_secs(20), || !busy());
+    }
+
     /// Standard output of what must succeed.
     fn ok(&self, args: &[&str]) -> String {
         must(&mut self.command(args))

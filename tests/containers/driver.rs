@@ -117,7 +117,7 @@ fn loaded_with_sessions(engine: &Engine, image: &str, options: &[&str], in_sessi
     let output = engine.run(&["exec", id, "sh", "-c", write]);
     assert!(output.status.success(), "the host's files can't be written: {}", text(&output));
     engine.ok(&["kill", id]);
-    engine.ok(&["rm", "-f", id]);
+    engine.remove(id);
     site.clean_but(1);
 }
 
@@ -227,7 +227,7 @@ fn nvidia_smi_in_any_image() {
             assert!(said.contains("GPU 0:") && !said.contains("GPU 1:"), "{said}");
         }
         engine.ok(&["kill", id]);
-        engine.ok(&["rm", "-f", id]);
+        engine.remove(id);
         site.clean_but(1);
     }
 }
@@ -361,7 +361,7 @@ fn nothing_is_mounted_from_an_image() {
         let hidden = config["linux"]["maskedPaths"].to_string();
         assert!(hidden.contains("/proc/driver/nvidia/capabilities/gpu1") && !hidden.contains("capabilities/gpu0"));
         engine.ok(&["kill", id.trim()]);
-        engine.ok(&["rm", "-f", id.trim()]);
+        engine.remove(id.trim());
         site.clean_but(1);
     }
 }
