@@ -31,7 +31,7 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo test test-engines test-slurm test-slurm-slow test-packages check bench bench-queue install install-sim \
+.PHONY: help deps build demo picture test test-engines test-slurm test-slurm-slow test-packages check bench bench-queue install install-sim \
     uninstall listing deb rpm licences sbom clean
 
 help: ## this list
@@ -56,6 +56,9 @@ build: ## build as shipped, with the simulator, into target/dist
 demo: ## real containers on a simulated machine, step by step (root; installs what is missing, touches nothing else)
 	@scripts/demo
 
+picture: build ## record docs/session.svg anew: a session with real containers on a simulated machine (root)
+	@scripts/picture
+
 test: deps build ## everything: unit tests, binaries on the simulator, real runc, podman and docker containers
 	@scripts/test
 
@@ -75,7 +78,7 @@ check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
-	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/package \
+	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/package scripts/picture \
 	    scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-engines scripts/test-packages scripts/test-slurm \
 	    .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 
