@@ -402,7 +402,7 @@ fn taken(room: &Room<'_>) -> Vec<Window> {
 }
 
 /// What stays the same on a GPU while slices come and go.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Board<'a> {
     device: &'a Device,
     /// Boards with equal profiles have equal numbers.
@@ -428,27 +428,30 @@ struct State {
 fn boards<'a>(rooms: &[Room<'a>]) -> Vec<Board<'a>> {
     let mut boards: Vec<Board<'a>> = Vec::with_capacity(rooms.len());
     for (n, room) in rooms.iter().enumerate() {
-        let profiles = &room.device.profiles;
-        let model = boards.iter().find(|board| board.device.profiles == *profiles).map_or(n, |board| board.model);
-        let plain = profiles.iter().filter(|p| !profile::has_attribute(&p.name));
-        let windows = profiles.iter().flat_map(|p| p.placements.iter().map(move |at| (p, *at)));
-        let largest = windows.clone().max_by_key(|(_, at)| at.size);
-        boards.push(Board {
-            device: room.device,
-            model,
-            plain: plain.flat_map(|p| &p.placements).filter_map(|at| window_mask(*at)).collect(),
-            slices: windows
-                .filter_map(|(_, at)| window_mask(at))
-                .map(|mask| u32::BITS - mask.leading_zeros())
-                .max()
-                .unwrap_or(0),
-            weight: largest.map_or(1, |(p, at)| {
-                let mib = p.memory_mib / u64::from(at.size.max(1));
-                (mib.saturating_add(512) / 1024).clamp(1, 1 << 20)
-            }),
+        let alike = boards.iter().find(|board| board.device.profiles == room.device.profiles);
+        boards.push(match alike {
+            Some(board) => Board { device: room.device, ..board.clone() },
+            None => board(room.device, n),
         });
     }
     boards
+}
+
+fn board(device: &Device, model: usize) -> Board<'_> {
+    let plain = device.profiles.iter().filter(|p| !profile::has_attribute(&p.name));
+    let windows = || device.profiles.iter().flat_map(|p| p.placements.iter().map(move |at| (p, *at)));
+    let largest = windows().max_by_key(|(_, at)| at.size);
+    let masks = windows().filter_map(|(_, at)| window_mask(at));
+    Board {
+        device,
+        model,
+        plain: plain.flat_map(|p| &p.placements).filter_map(|at| window_mask(*at)).collect(),
+        slices: masks.map(|mask| u32::BITS - mask.leading_zeros()).max().unwrap_or(0),
+        weight: largest.map_or(1, |(p, at)| {
+            let mib = p.memory_mib / u64::from(at.size.max(1));
+            (mib.saturating_add(512) / 1024).clamp(1, 1 << 20)
+        }),
+    }
 }
 
 impl Board<'_> {

@@ -1,14 +1,11 @@
 //! GPUs as the simulator's tables have them.
 
-use std::path::Path;
-
 use mig_hook::gpu::{Device, Engines, MigMode, Placement, Profile, ProfileId};
 use serde_json::Value;
 
 /// Some GPUs of one kind, by its key in sim/boards.json; `None`: there is no such kind.
 pub fn devices(key: &str, indices: std::ops::Range<u32>) -> Option<Vec<Device>> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("sim/boards.json");
-    let tables: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let tables: Value = serde_json::from_str(include_str!("../../sim/boards.json")).unwrap();
     let board = tables["gpus"].as_array().unwrap().iter().find(|gpu| gpu["key"] == key)?;
     let profiles: Vec<Profile> = board["profiles"].as_array().unwrap().iter().map(profile).collect();
     let device = |index: u32| Device {

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use flate2::read::MultiGzDecoder;
 use mig_hook::gpu::Device;
 use mig_hook::request::Want;
 use serde::Deserialize;
@@ -67,16 +68,17 @@ struct Line {
 /// Reads a file.
 pub fn read(path: &Path) -> Result<Trace> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = match bytes.starts_with(&[0x1f, 0x8b]) {
-        true => {
-            let mut text = String::new();
-            let read = flate2::read::MultiGzDecoder::new(bytes.as_slice()).read_to_string(&mut text);
-            read.with_context(|| format!("{} cannot be unpacked", path.display()))?;
-            text
-        }
-        false => String::from_utf8(bytes).with_context(|| format!("{} is no text", path.display()))?,
+    unpacked(&bytes).with_context(|| format!("{} is no trace", path.display()))
+}
+
+/// The trace of a file's bytes.
+pub fn unpacked(bytes: &[u8]) -> Result<Trace> {
+    let mut text = String::new();
+    match bytes.starts_with(&[0x1f, 0x8b]) {
+        true => MultiGzDecoder::new(bytes).read_to_string(&mut text).context("it cannot be unpacked")?,
+        false => (&*bytes).read_to_string(&mut text).context("it is no text")?,
     };
-    parse(&text).with_context(|| format!("{} is no trace", path.display()))
+    parse(&text)
 }
 
 fn parse(text: &str) -> Result<Trace> {

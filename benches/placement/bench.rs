@@ -7,11 +7,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
-#[path = "boards/random.rs"]
+#[path = "../boards/random.rs"]
 mod random;
-#[path = "placement/mod.rs"]
+#[path = "mod.rs"]
 mod replays;
-#[path = "placement/sweep.rs"]
 mod sweep;
 
 use std::path::PathBuf;
@@ -20,7 +19,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use mig_hook::placement::Policy;
 use replays::trace::{self, Trace};
-use replays::{Chooser, Outcome, POLICIES, replay};
+use replays::{Chooser, Outcome, POLICIES, RECORDED, replay};
 
 /// How well slices are placed, and how fast.
 #[derive(Debug, Parser)]
@@ -52,9 +51,9 @@ fn main() -> Result<()> {
             false => table(&trace, |_, _| Ok(())),
         };
     }
-    for (name, path) in replays::recorded() {
+    for (name, packed) in RECORDED {
         println!("{name}");
-        table(&trace::read(&path)?, |policy, outcome| replays::check(&name, policy, outcome))?;
+        table(&trace::unpacked(packed)?, |policy, outcome| replays::check(name, policy, outcome))?;
         println!();
     }
     println!("every decision, count and share of the policies named with _ or without - is as in expected.json");
@@ -83,19 +82,19 @@ fn objects(trace: &Trace) -> Result<()> {
 
 fn table(trace: &Trace, check: impl Fn(&str, &Outcome) -> Result<()>) -> Result<()> {
     println!(
-        "| policy | refused | accept | goodput | utilisation | by fragmentation | ns placed | ns refused | longest µs |"
+        "| policy | refused | accept | goodput | utilisation | by fragmentation | ns (99 %) | ns of a refusal (99 %) |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     for (name, outcome) in outcomes(trace, &[POLICIES.as_slice(), &SETTINGS].concat())? {
-        let [placed, refused] = outcome.time.means();
+        let ([placed, refused], [most_placed, most_refused]) =
+            (outcome.time.quantile(0.5), outcome.time.quantile(0.99));
         println!(
-            "| {name} | {} | {:.4} | {:.4} | {:.4} | {} | {placed} | {refused} | {} |",
+            "| {name} | {} | {:.4} | {:.4} | {:.4} | {} | {placed} ({most_placed}) | {refused} ({most_refused}) |",
             outcome.refused,
             outcome.acc,
             outcome.acc_w.unwrap_or(f64::NAN),
             outcome.util,
             outcome.frag.map_or("-".to_owned(), |frag| frag.to_string()),
-            outcome.time.longest.as_micros(),
         );
         if POLICIES.iter().any(|(known, _)| *known == name) {
             check(name, &outcome)?;
