@@ -475,7 +475,7 @@ impl Board<'_> {
         const START: &str = "and there the start that leaves the most placements";
         let (slices, free) = (self.slices, self.free(before));
         match policy {
-            Policy::Scc => "takes least from later requests".into(),
+            Policy::Scc => "takes the least from later requests".into(),
             Policy::FirstFit => "the first GPU with room, and there the lowest start".into(),
             Policy::Driver => format!("the first GPU with room, {START}"),
             Policy::Binpack => {
@@ -1204,7 +1204,7 @@ mod tests {
     fn every_policy_gives_its_own_reason() {
         let devices = [with(a100(0), &[("3g.40gb", 4)]), a100(1)];
         let reason = |policy| reasons_of(&devices, &["1g.10gb"], policy).remove(0);
-        assert_eq!(reason(Policy::Scc), "takes least from later requests");
+        assert_eq!(reason(Policy::Scc), "takes the least from later requests");
         assert_eq!(reason(Policy::FirstFit), "the first GPU with room, and there the lowest start");
         assert_eq!(
             reason(Policy::Driver),
