@@ -41,7 +41,7 @@ impl Packing {
         let shape: Vec<(u32, u32)> = plain.iter().map(|p| (p.slices, size(p))).collect();
         let slices = slices_of(first);
         let tiles = |p: &&Profile| p.placements.iter().map(|at| at.start).eq((0..slices).step_by(size(p) as usize));
-        let nested = plain.windows(2).all(|two| size(two[1]) % size(two[0]) == 0);
+        let nested = plain.windows(2).all(|two| size(two[1]).is_multiple_of(size(two[0])));
         match shape.as_slice() {
             [(1, 1), (1, 2), (2, 2), (3, 4), (4, 4), (7, 8)] => Some(packing(Layout::Eighths)),
             _ if nested && plain.iter().all(tiles) => Some(packing(Layout::Nested)),
