@@ -83,7 +83,7 @@ bench: build ## what a slice costs, beside a plain container
 	@scripts/bench
 
 bench-placement: ## how well and how fast slices are placed, held against expected decisions (ARGS='--trace FILE --json' replays a file)
-	$(CARGO) bench --quiet --locked --package placement-bench -- $(ARGS)
+	$(CARGO) bench --quiet --locked --package placement-bench -- --from '$(CURDIR)' $(ARGS)
 
 bench-queue: ## what waiting in line costs and wins, held against the reference figures (no GPU, no root)
 	$(CARGO) bench --quiet --locked --bench queue

@@ -5,7 +5,7 @@
 //! there was this one (benches/traces/expected.json), and then runs a seeded sweep. `ARGS='--trace FILE --json'` replays one
 //! file instead, and prints an object a line for each policy.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "../boards/random.rs"]
 mod random;
@@ -14,6 +14,7 @@ mod replays;
 mod sweep;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -33,6 +34,9 @@ struct Args {
     /// Leave the sweep out
     #[arg(long, conflicts_with = "trace")]
     quick: bool,
+    /// Where a relative FILE begins: cargo goes elsewhere
+    #[arg(long, value_name = "DIR", default_value = "", hide = true)]
+    from: PathBuf,
     /// What cargo says
     #[arg(long, hide = true)]
     bench: bool,
@@ -42,10 +46,19 @@ struct Args {
 const SETTINGS: [(&str, Chooser); 2] =
     [("first-fit", Chooser::Product(Policy::FirstFit)), ("spread", Chooser::Product(Policy::Spread))];
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-placement: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
     if let Some(path) = &args.trace {
-        let trace = trace::read(path)?;
+        let trace = trace::read(&args.from.join(path))?;
         return match args.json {
             true => objects(&trace),
             false => table(&trace, |_, _| Ok(())),
