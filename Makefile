@@ -31,8 +31,8 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo picture test test-engines test-slurm test-slurm-slow test-packages check bench bench-queue install install-sim \
-    uninstall listing deb rpm licences sbom clean
+.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check bench \
+    bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -84,6 +84,9 @@ check: ## formatting, clippy, documentation, shell scripts
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench
+
+bench-placement: ## how well and how fast slices are placed, held against expected decisions (ARGS='--trace FILE --json' replays a file)
+	$(CARGO) bench --quiet --locked --package placement-bench -- --from '$(CURDIR)' $(ARGS)
 
 bench-queue: ## what waiting in line costs and wins, held against the reference figures (no GPU, no root)
 	$(CARGO) bench --quiet --locked --bench queue

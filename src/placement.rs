@@ -14,7 +14,8 @@
 //! (`+me`, `+gfx`, `-me` …) repeat the windows of the plain ones and do not enter Φ.
 //!
 //! Windows are bit masks of memory slices, as many as the driver reports: eighths on most boards, quarters on an A30,
-//! twelfths on an RTX PRO 6000. Φ is evaluated directly, which takes about as long as building a table for one request.
+//! twelfths on an RTX PRO 6000. From them a table of Φ over all masks is made for each GPU model, so that every look while
+//! slices are chosen, and choices taken back, is one load.
 
 use std::fmt;
 
@@ -29,6 +30,8 @@ use crate::request::{self, Want};
 const TRIALS: u32 = 20_000;
 /// The same for the question whether the request fits when nothing else runs, asked only for a refusal.
 const TRIALS_WHEN_EMPTY: u32 = 2_000;
+/// Boards of more memory slices get no table: 2^12 masks are filled in some µs, 2^20 are not. None is known.
+const MOST_TABULATED: u32 = 12;
 /// Most sets of blockers in a refusal, and in its text.
 const MAX_BLOCKER_SETS: usize = 8;
 const MAX_BLOCKERS_SHOWN: usize = 3;
@@ -269,8 +272,7 @@ pub fn place(rooms: &[Room<'_>], wants: &[Candidates<'_>], policy: Policy) -> Re
     let order = hardest_first(wants);
     let wants_in_order: Vec<&Candidates<'_>> = order.iter().map(|&n| &wants[n]).collect();
     let live: Vec<State> = boards.iter().zip(&windows).map(|(board, windows)| board.state(windows)).collect();
-    let Some(spots) = Search { boards: &boards, policy: Some(policy), trials: TRIALS }.run(live, &wants_in_order)
-    else {
+    let Some(spots) = Search::new(&boards, Some(policy), TRIALS).run(live, &wants_in_order) else {
         return Err(refusal(&boards, &windows, wants, &wants_in_order));
     };
     let mut choices: Vec<(usize, Choice)> =
@@ -285,7 +287,7 @@ pub fn fits(rooms: &[Room<'_>], wants: &[Candidates<'_>], policy: Policy, trials
     let boards = boards(rooms);
     let live = boards.iter().zip(rooms).map(|(board, room)| board.state(&taken(room))).collect();
     let order: Vec<&Candidates<'_>> = hardest_first(wants).into_iter().map(|n| &wants[n]).collect();
-    Search { boards: &boards, policy: Some(policy), trials }.run(live, &order).is_some()
+    Search::new(&boards, Some(policy), trials).run(live, &order).is_some()
 }
 
 /// How many more slices of a profile could be cut on a GPU, when nothing else is.
@@ -323,7 +325,7 @@ pub fn usable(room: &Room<'_>) -> u32 {
 pub fn reasons(rooms: &[Room<'_>], wants: &[Candidates<'_>], choices: &[Choice], policy: Policy) -> Vec<String> {
     let boards = boards(rooms);
     let mut states: Vec<State> = boards.iter().zip(rooms).map(|(board, room)| board.state(&taken(room))).collect();
-    let search = Search { boards: &boards, policy: Some(policy), trials: 0 };
+    let search = Search::new(&boards, Some(policy), 0);
     let mut reasons = vec![String::new(); choices.len()];
     for n in hardest_first(wants) {
         let spots = search.spots(&states, &wants[n]);
@@ -334,7 +336,7 @@ pub fn reasons(rooms: &[Room<'_>], wants: &[Candidates<'_>], choices: &[Choice],
         let spot = spots[rank];
         reasons[n] = match (free_placements(&states, &wants[n]), rank) {
             (1, _) => "the only free place for it".into(),
-            (_, 0) => boards[spot.room].reason(policy, states[spot.room].mask, spot.mask),
+            (_, 0) => boards[spot.room].reason(policy, states[spot.room].mask),
             _ => "a better place would leave no room for the rest of the request".into(),
         };
         states[spot.room].occupy(spot.mask, Some(spot.profile));
@@ -381,6 +383,11 @@ fn window_mask(placement: Placement) -> Option<u32> {
     (placement.size > 0 && end <= u32::BITS).then(|| placement.mask())
 }
 
+/// That many slices from the first on.
+fn lowest(slices: u32) -> u32 {
+    Placement { start: 0, size: slices }.mask()
+}
+
 /// The taken windows of a room, each once, by start.
 fn taken(room: &Room<'_>) -> Vec<Window> {
     let instances = room.device.instances.iter().map(|i| Window { profile: Some(i.profile), placement: i.placement });
@@ -395,7 +402,7 @@ fn taken(room: &Room<'_>) -> Vec<Window> {
 }
 
 /// What stays the same on a GPU while slices come and go.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Board<'a> {
     device: &'a Device,
     /// Boards with equal profiles have equal numbers.
@@ -421,27 +428,30 @@ struct State {
 fn boards<'a>(rooms: &[Room<'a>]) -> Vec<Board<'a>> {
     let mut boards: Vec<Board<'a>> = Vec::with_capacity(rooms.len());
     for (n, room) in rooms.iter().enumerate() {
-        let profiles = &room.device.profiles;
-        let model = boards.iter().find(|board| board.device.profiles == *profiles).map_or(n, |board| board.model);
-        let plain = profiles.iter().filter(|p| !profile::has_attribute(&p.name));
-        let windows = profiles.iter().flat_map(|p| p.placements.iter().map(move |at| (p, *at)));
-        let largest = windows.clone().max_by_key(|(_, at)| at.size);
-        boards.push(Board {
-            device: room.device,
-            model,
-            plain: plain.flat_map(|p| &p.placements).filter_map(|at| window_mask(*at)).collect(),
-            slices: windows
-                .filter_map(|(_, at)| window_mask(at))
-                .map(|mask| u32::BITS - mask.leading_zeros())
-                .max()
-                .unwrap_or(0),
-            weight: largest.map_or(1, |(p, at)| {
-                let mib = p.memory_mib / u64::from(at.size.max(1));
-                (mib.saturating_add(512) / 1024).clamp(1, 1 << 20)
-            }),
+        let alike = boards.iter().find(|board| board.device.profiles == room.device.profiles);
+        boards.push(match alike {
+            Some(board) => Board { device: room.device, ..board.clone() },
+            None => board(room.device, n),
         });
     }
     boards
+}
+
+fn board(device: &Device, model: usize) -> Board<'_> {
+    let plain = device.profiles.iter().filter(|p| !profile::has_attribute(&p.name));
+    let windows = || device.profiles.iter().flat_map(|p| p.placements.iter().map(move |at| (p, *at)));
+    let largest = windows().max_by_key(|(_, at)| at.size);
+    let masks = windows().filter_map(|(_, at)| window_mask(at));
+    Board {
+        device,
+        model,
+        plain: plain.flat_map(|p| &p.placements).filter_map(|at| window_mask(*at)).collect(),
+        slices: masks.map(|mask| u32::BITS - mask.leading_zeros()).max().unwrap_or(0),
+        weight: largest.map_or(1, |(p, at)| {
+            let mib = p.memory_mib / u64::from(at.size.max(1));
+            (mib.saturating_add(512) / 1024).clamp(1, 1 << 20)
+        }),
+    }
 }
 
 impl Board<'_> {
@@ -453,16 +463,6 @@ impl Board<'_> {
         state
     }
 
-    /// Φ: the slices that could still be cut, counted in memory slices.
-    fn capability(&self, mask: u32) -> u64 {
-        self.plain.iter().filter(|window| *window & mask == 0).map(|window| u64::from(window.count_ones())).sum()
-    }
-
-    /// The number of plain placements that are still free.
-    fn placements(&self, mask: u32) -> u64 {
-        self.plain.iter().filter(|window| *window & mask == 0).count() as u64
-    }
-
     /// The number of plain placements, no larger than this window, that lie in its way: on an eight-slice board the
     /// upper half costs less than the lower.
     fn smaller_placements(&self, window: u32) -> u64 {
@@ -470,38 +470,23 @@ impl Board<'_> {
         self.plain.iter().filter(in_the_way).count() as u64
     }
 
-    /// What a policy weighs, for the window that it likes best.
-    fn reason(&self, policy: Policy, before: u32, window: u32) -> String {
-        let after = before | window;
+    /// What a policy weighs, for the spot that it likes best.
+    fn reason(&self, policy: Policy, before: u32) -> String {
+        const START: &str = "and there the start that leaves the most placements";
         let (slices, free) = (self.slices, self.free(before));
-        let start = || {
-            format!(
-                "the start that leaves the most placements ({} of {})",
-                self.placements(after),
-                self.placements(before)
-            )
-        };
         match policy {
-            Policy::Scc => {
-                let (had, has) = (self.capability(before), self.capability(after));
-                let lost = had - has;
-                format!(
-                    "costs later requests the least: {lost} of the {had} slices that free placements here add up to"
-                )
-            }
+            Policy::Scc => "takes the least from later requests".into(),
             Policy::FirstFit => "the first GPU with room, and there the lowest start".into(),
-            Policy::Driver => format!("the first GPU with room, and there {}", start()),
+            Policy::Driver => format!("the first GPU with room, {START}"),
             Policy::Binpack => {
-                format!("the GPU with room that has the fewest free slices ({free} of {slices}), and there {}", start())
+                format!("the GPU with room that has the fewest free slices ({free} of {slices}), {START}")
             }
-            Policy::Spread => {
-                format!("the GPU with room that has the most free slices ({free} of {slices}), and there {}", start())
-            }
+            Policy::Spread => format!("the GPU with room that has the most free slices ({free} of {slices}), {START}"),
         }
     }
 
     fn free(&self, mask: u32) -> u32 {
-        self.slices.saturating_sub(mask.count_ones())
+        (lowest(self.slices) & !mask).count_ones()
     }
 
     fn held(&self, window: &Window) -> Held {
@@ -532,6 +517,46 @@ fn is_limited(profile: &Profile) -> bool {
     usize::try_from(profile.max_instances).is_ok_and(|limit| limit < profile.placements.len())
 }
 
+/// What the free windows of a board are worth together, for every mask of occupied slices.
+#[derive(Debug, Default)]
+struct Worth {
+    /// Each window with what it is worth.
+    windows: Vec<(u32, u32)>,
+    /// By the mask of the *free* slices; empty for a board that is too wide for a table.
+    table: Vec<u32>,
+}
+
+impl Worth {
+    fn of(board: &Board<'_>, worth: impl Fn(u32) -> u32) -> Worth {
+        let windows: Vec<(u32, u32)> = board.plain.iter().map(|window| (*window, worth(*window))).collect();
+        if board.slices > MOST_TABULATED {
+            return Worth { windows, table: Vec::new() };
+        }
+        // What lies within a set of free slices: each set's own windows, then those of all its subsets added up, one slice
+        // after the other.
+        let mut table = vec![0; 1 << board.slices];
+        for (window, worth) in &windows {
+            table[*window as usize] += worth;
+        }
+        for slice in 0..board.slices {
+            for sets in table.chunks_exact_mut(2 << slice) {
+                let (without, with) = sets.split_at_mut(1 << slice);
+                for (with, without) in with.iter_mut().zip(without) {
+                    *with += *without;
+                }
+            }
+        }
+        Worth { windows, table }
+    }
+
+    fn at(&self, occupied: u32) -> u32 {
+        match self.table.is_empty() {
+            true => self.windows.iter().filter(|(window, _)| window & occupied == 0).map(|(_, worth)| worth).sum(),
+            false => self.table[!occupied as usize & (self.table.len() - 1)],
+        }
+    }
+}
+
 /// One way to place one slice.
 #[derive(Debug, Clone, Copy)]
 struct Spot<'a> {
@@ -560,11 +585,23 @@ struct Search<'b, 'a> {
     boards: &'b [Board<'a>],
     /// None: pack tightly from the hardest slice down, to explain a refusal; nothing that comes later matters.
     policy: Option<Policy>,
+    /// What the policy weighs, by [`Board::model`]; nothing for policies that weigh nothing.
+    worth: Vec<Worth>,
     /// Placements that may still be tried. None left after a failure: nothing is proven.
     trials: u32,
 }
 
-impl<'a> Search<'_, 'a> {
+impl<'b, 'a> Search<'b, 'a> {
+    fn new(boards: &'b [Board<'a>], policy: Option<Policy>, trials: u32) -> Search<'b, 'a> {
+        let worth = |(room, board): (usize, &Board<'_>)| match policy {
+            _ if board.model != room => Worth::default(),
+            Some(Policy::Scc) => Worth::of(board, u32::count_ones),
+            Some(Policy::Driver | Policy::Binpack | Policy::Spread) => Worth::of(board, |_| 1),
+            Some(Policy::FirstFit) | None => Worth::default(),
+        };
+        Search { boards, policy, worth: boards.iter().enumerate().map(worth).collect(), trials }
+    }
+
     /// A spot for each want, in their order.
     fn run(&mut self, mut states: Vec<State>, wants: &[&Candidates<'a>]) -> Option<Vec<Spot<'a>>> {
         let mut spots = Vec::with_capacity(wants.len());
@@ -616,16 +653,14 @@ impl<'a> Search<'_, 'a> {
     /// Lower is better. GPU and start are always in it, so no two spots cost the same.
     fn cost(&self, board: &Board<'_>, room: usize, before: u32, window: u32, start: u32) -> [u64; 4] {
         let (gpu, start, free) = (room as u64, u64::from(start), u64::from(board.free(before)));
-        let placements_lost = || board.placements(before) - board.placements(before | window);
+        let worth = &self.worth[board.model];
+        let lost = u64::from(worth.at(before) - worth.at(before | window));
         match self.policy {
-            Some(Policy::Scc) => {
-                let capability_lost = board.capability(before) - board.capability(before | window);
-                [capability_lost * board.weight, free, gpu, start]
-            }
+            Some(Policy::Scc) => [lost * board.weight, free, gpu, start],
             Some(Policy::FirstFit) => [gpu, start, 0, 0],
-            Some(Policy::Driver) => [gpu, placements_lost(), start, 0],
-            Some(Policy::Binpack) => [free, gpu, placements_lost(), start],
-            Some(Policy::Spread) => [u64::from(u32::MAX) - free, gpu, placements_lost(), start],
+            Some(Policy::Driver) => [gpu, lost, start, 0],
+            Some(Policy::Binpack) => [free, gpu, lost, start],
+            Some(Policy::Spread) => [u64::from(u32::MAX) - free, gpu, lost, start],
             // Slices that are limited to a few per GPU come last among their size: leave room on many GPUs.
             None => [board.smaller_placements(window), u64::from(u32::MAX) - free, gpu, start],
         }
@@ -680,7 +715,7 @@ fn never_fits<'a>(boards: &[Board<'a>], wants: &[Candidates<'a>], in_order: &[&C
         let same = wants.iter().filter(|other| other.label == want.label).count() as u64;
         same > want.per_room.iter().flatten().map(|p| u64::from(p.max_instances)).sum()
     };
-    let mut search = Search { boards, policy: None, trials: TRIALS_WHEN_EMPTY };
+    let mut search = Search::new(boards, None, TRIALS_WHEN_EMPTY);
     wants.iter().any(above_the_limits)
         || search.run(vec![State::default(); boards.len()], in_order).is_none() && search.trials > 0
 }
@@ -703,7 +738,7 @@ fn fits_repacked(boards: &[Board<'_>], windows: &[Vec<Window>], wants: &[Candida
     }
     let in_order: Vec<&Candidates<'_>> = hardest_first(&items).into_iter().map(|n| &items[n]).collect();
     let trials = u32::try_from(in_order.len()).unwrap_or(u32::MAX);
-    Search { boards, policy: None, trials }.run(fixed, &in_order).is_some()
+    Search::new(boards, None, trials).run(fixed, &in_order).is_some()
 }
 
 /// Windows by room and number.
@@ -761,7 +796,7 @@ fn small_for_several<'a>(boards: &[Board<'a>], windows: &[Vec<Window>], wants: &
         };
         let states = boards.iter().enumerate().map(|(room, board)| board.state(&rest(room))).collect();
         let trials = u32::try_from(wants.len()).unwrap_or(u32::MAX);
-        Search { boards, policy: None, trials }.run(states, wants).is_some()
+        Search::new(boards, None, trials).run(states, wants).is_some()
     };
     let size = |(room, n): &(usize, usize)| windows[*room][*n].placement.size;
     let all = || windows.iter().enumerate().flat_map(|(room, windows)| (0..windows.len()).map(move |n| (room, n)));
@@ -896,8 +931,9 @@ mod tests {
         let boards = boards(&[Room { device: &device, occupied: Vec::new() }]);
         let values =
             [(0x00, 41), (0x01, 20), (0x10, 24), (0x40, 26), (0xC0, 26), (0x0F, 13), (0xF0, 20), (0x80, 27), (0xFF, 0)];
-        for (mask, capability) in values {
-            assert_eq!(boards[0].capability(mask), capability, "{mask:#04x}");
+        let capability = Worth::of(&boards[0], u32::count_ones);
+        for (mask, value) in values {
+            assert_eq!(capability.at(mask), value, "{mask:#04x}");
         }
         assert_eq!((boards[0].slices, boards[0].weight), (8, 10));
     }
@@ -906,8 +942,16 @@ mod tests {
     fn boards_are_measured_in_their_own_slices() {
         let devices = [a30(0), device(1, "NVIDIA RTX PRO 6000", &RTX_PRO_6000), device(2, "no MIG", &[])];
         let boards = boards(&rooms(&devices));
-        let measures: Vec<_> = boards.iter().map(|b| (b.slices, b.weight, b.capability(0))).collect();
+        let capability = |board: &Board<'_>| Worth::of(board, u32::count_ones).at(0);
+        let measures: Vec<_> = boards.iter().map(|b| (b.slices, b.weight, capability(b))).collect();
         assert_eq!(measures, [(4, 6, 12), (12, 8, 36), (0, 1, 0)]);
+    }
+
+    #[test]
+    fn what_lies_beyond_the_offer_takes_none_of_it() {
+        let mut device = with(a100(0), &[("3g.40gb", 4)]);
+        device.profiles.truncate(1);
+        assert_eq!(memory_slices(&Room { device: &device, occupied: Vec::new() }), (7, 4));
     }
 
     #[test]
@@ -1160,14 +1204,11 @@ mod tests {
     fn every_policy_gives_its_own_reason() {
         let devices = [with(a100(0), &[("3g.40gb", 4)]), a100(1)];
         let reason = |policy| reasons_of(&devices, &["1g.10gb"], policy).remove(0);
-        assert_eq!(
-            reason(Policy::Scc),
-            "costs later requests the least: 13 of the 20 slices that free placements here add up to"
-        );
+        assert_eq!(reason(Policy::Scc), "takes the least from later requests");
         assert_eq!(reason(Policy::FirstFit), "the first GPU with room, and there the lowest start");
         assert_eq!(
             reason(Policy::Driver),
-            "the first GPU with room, and there the start that leaves the most placements (5 of 10)"
+            "the first GPU with room, and there the start that leaves the most placements"
         );
         assert!(reason(Policy::Binpack).starts_with("the GPU with room that has the fewest free slices (4 of 8), and"));
         assert!(reason(Policy::Spread).starts_with("the GPU with room that has the most free slices (8 of 8), and"));
@@ -1251,6 +1292,54 @@ mod tests {
                     prop_assert!(create(&mut devices, &choice.gpu, name, choice.placement), "{:?}", choice);
                 }
             }
+        }
+
+        #[test]
+        fn worth_is_what_the_free_windows_add_up_to(
+            slices in 1..=20_u32,
+            windows in prop::collection::vec((0..20_u32, 1..=20_u32), 1..12),
+            occupied in any::<u32>(),
+        ) {
+            let mut device = device(0, "odd", &[(0, "1g.1gb", 1, 1024, 1, 1, &[])]);
+            let fitting = windows.iter().filter(|(start, size)| start + size <= slices);
+            device.profiles[0].placements = fitting.map(|(start, size)| Placement { start: *start, size: *size }).collect();
+            let boards = boards(&[Room { device: &device, occupied: Vec::new() }]);
+            let free = |(start, size): &&(u32, u32)| {
+                start + size <= slices && (*start..start + size).all(|slice| occupied >> slice & 1 == 0)
+            };
+            let sum: u32 = windows.iter().filter(free).map(|(_, size)| size).sum();
+            prop_assert_eq!(Worth::of(&boards[0], u32::count_ones).at(occupied), sum);
+        }
+
+        #[test]
+        fn scc_is_what_its_definition_says((devices, names) in node_and_names(1)) {
+            let capability = |device: &Device, mask: u32| -> u32 {
+                let plain = device.profiles.iter().filter(|p| !profile::has_attribute(&p.name));
+                plain.flat_map(|p| &p.placements).filter(|at| at.mask() & mask == 0).map(|at| at.size).sum()
+            };
+            let mut best: Option<[u32; 4]> = None;
+            for (gpu, device) in devices.iter().enumerate() {
+                let Some(profile) = profile::resolve_name(device, &names[0]) else { continue };
+                let mask = device.instances.iter().fold(0, |mask, instance| mask | instance.placement.mask());
+                let (slices, weight) = match device.name.as_str() {
+                    "A30" => (4, 6),
+                    "A100" => (8, 10),
+                    _ => (12, 8),
+                };
+                for at in &profile.placements {
+                    let mut after = vec![device.clone()];
+                    if create(&mut after, &device.uuid, &names[0], *at) {
+                        let lost = capability(device, mask) - capability(device, mask | at.mask());
+                        let cost = [lost * weight, slices - mask.count_ones(), gpu as u32, at.start];
+                        best = Some(best.map_or(cost, |best| best.min(cost)));
+                    }
+                }
+            }
+            let placed = place_by(&devices, &as_strs(&names), Policy::Scc).ok().map(|choices| {
+                let gpu = devices.iter().position(|device| device.uuid == choices[0].gpu).unwrap();
+                (gpu as u32, choices[0].placement.start)
+            });
+            prop_assert_eq!(placed, best.map(|[_, _, gpu, start]| (gpu, start)));
         }
 
         #[test]

@@ -1,13 +1,16 @@
 //! A node that is asked for more than it has, served by the real queue and the real placement: what reference figures of
 //! bounded overtaking are compared with.
 
-use std::path::Path;
+#[path = "../boards/mod.rs"]
+mod boards;
+#[path = "../boards/random.rs"]
+mod random;
 
-use mig_hook::gpu::{Device, Engines, Instance, MigMode, Placement, Profile, ProfileId};
+use mig_hook::gpu::{Device, Instance, Placement};
 use mig_hook::placement::{self, Policy, Room};
 use mig_hook::queue::{Gpus, Turn, Waiter, scan};
 use mig_hook::request::Want;
-use serde_json::Value;
+use random::Random;
 
 /// The profiles that are asked for, and the mixes: how often each is.
 const PROFILES: [&str; 6] = ["1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"];
@@ -39,66 +42,6 @@ pub struct Outcome {
     pub most_overtaken: u32,
 }
 
-/// Numbers that are the same everywhere (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    /// From 0 up to, and without, 1.
-    fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    fn profile(&mut self, mix: &[f64; 6]) -> usize {
-        let mut left = self.uniform();
-        let chosen = mix.iter().position(|share| {
-            left -= share;
-            left < 0.0
-        });
-        chosen.unwrap_or(0)
-    }
-
-    fn lifetime(&mut self) -> f64 {
-        -(1.0 - self.uniform()).ln()
-    }
-}
-
-/// A100-80 boards, as the simulator has them.
-fn boards(count: u32) -> Vec<Device> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("sim/boards.json");
-    let tables: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    let board = tables["gpus"].as_array().unwrap().iter().find(|gpu| gpu["key"] == "a100-sxm4-80gb").unwrap();
-    let number = |value: &Value| u32::try_from(value.as_u64().unwrap()).unwrap();
-    let placement = |at: &Value| Placement { start: number(&at["start"]), size: number(&at["size"]) };
-    let profile = |row: &Value| Profile {
-        id: ProfileId(number(&row["id"])),
-        name: row["name"].as_str().unwrap().to_owned(),
-        slices: number(&row["slice_count"]),
-        memory_mib: row["memory_size_mb"].as_u64().unwrap(),
-        sms: number(&row["sm"]),
-        max_instances: number(&row["instance_count"]),
-        placements: row["placements"].as_array().unwrap().iter().map(placement).collect(),
-        engines: Engines::default(),
-        p2p: false,
-    };
-    let profiles: Vec<Profile> = board["profiles"].as_array().unwrap().iter().map(profile).collect();
-    let device = |index: u32| Device {
-        uuid: format!("GPU-{index:02}"),
-        name: "NVIDIA A100-SXM4-80GB".into(),
-        index,
-        minor: index,
-        pci_bus_id: format!("00000000:{index:02X}:00.0"),
-        pci_device_id: 0,
-        mig: MigMode::On,
-        profiles: profiles.clone(),
-        instances: vec![],
-    };
-    (0..count).map(device).collect()
-}
-
 /// Finds room for a profile on the GPUs that are not closed, and takes it: GPU and start.
 fn place(devices: &mut [Device], profile: usize, closed: &Gpus) -> Option<(usize, Placement)> {
     let open: Vec<Device> = devices.iter().filter(|device| !closed.contains(&device.uuid)).cloned().collect();
@@ -114,7 +57,7 @@ fn place(devices: &mut [Device], profile: usize, closed: &Gpus) -> Option<(usize
 impl Replay {
     pub fn run(&self) -> Outcome {
         let mut random = Random(self.seed);
-        let mut devices = boards(self.gpus);
+        let mut devices = boards::devices("a100-sxm4-80gb", 0..self.gpus).unwrap();
         let usable: Gpus = devices.iter().map(|device| device.uuid.clone()).collect();
         let mut line: Vec<Waiter> = vec![];
         let mut running: Vec<(f64, usize, Placement)> = vec![]; // its end, GPU, where
@@ -124,7 +67,7 @@ impl Replay {
             // Whoever starts makes room in the backlog for another: until nobody starts.
             loop {
                 while line.len() < self.backlog && came < self.requests {
-                    let wish = random.profile(&self.mix);
+                    let wish = random.one_of(&self.mix);
                     let (usable, limit) = (usable.clone(), self.overtakes);
                     line.push(Waiter { wish, usable, overtaken: 0, limit, asleep: false });
                     came += 1;
@@ -144,7 +87,7 @@ impl Replay {
                 if placed.is_empty() {
                     break;
                 }
-                running.extend(placed.into_iter().map(|(gpu, placement)| (now + random.lifetime(), gpu, placement)));
+                running.extend(placed.into_iter().map(|(gpu, placement)| (now + random.exponential(), gpu, placement)));
             }
             if measured_from.is_none() && came >= self.requests / 10 {
                 measured_from = Some(now);

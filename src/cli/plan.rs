@@ -8,7 +8,9 @@ use serde::Serialize;
 
 use crate::bundle;
 use crate::config::Settings;
-use crate::engine::{self, Count, Engine, Failure, HeldSlice, Kind, Occupier, Outcome, Plan, Planned, Refusal};
+use crate::engine::{
+    self, Count, Engine, Failure, GpuRoom, HeldSlice, Keeps, Kind, Occupier, Outcome, Plan, Planned, Refusal,
+};
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{MigMode, Placement};
 use crate::hook;
@@ -148,20 +150,42 @@ fn fits(answer: &Answer) -> String {
             slice.uuid.clone().unwrap_or_default(),
         ]
     };
+    let keeps = keeps(plan);
+    let is_one = plan.slices.len() == 1;
     for slice in &plan.slices {
         out += &super::table(&[row(slice)]);
-        out += &format!("    {}\n", slice.why);
+        let and_keeps = if is_one && !keeps.is_empty() { format!(": {}", keeps.join("; ")) } else { String::new() };
+        out += &format!("    {}{and_keeps}\n", slice.why);
     }
-    for keeps in &plan.keeps {
-        out += &match keeps.profiles.as_slice() {
-            [] => format!("GPU {} is full then.\n", keeps.gpu_index),
-            profiles => format!("GPU {} keeps room for {}.\n", keeps.gpu_index, counted(profiles, "or")),
-        };
+    if !is_one {
+        out += &keeps.iter().map(|part| format!("{part}.\n")).collect::<String>();
     }
     for passed in &plan.refused_alternatives {
         out += &format!("Not taken: {} ({}).\n", passed.wanted, super::word(passed.refusal.kind).replace('-', " "));
     }
     out
+}
+
+/// What stays possible where something is cut, and the largest slice that still fits on another GPU.
+fn keeps(plan: &Plan) -> Vec<String> {
+    let cut = |keeps: &Keeps| match keeps.profiles.as_slice() {
+        [] => format!("GPU {} is full then", keeps.gpu_index),
+        profiles => format!("GPU {} keeps room for {}", keeps.gpu_index, counted(profiles, "or")),
+    };
+    let mut parts: Vec<String> = plan.keeps.iter().map(cut).collect();
+    let is_other = |gpu: &&GpuRoom| gpu.closed.is_none() && plan.keeps.iter().all(|keeps| keeps.gpu_index != gpu.index);
+    let fitting = |gpu: &GpuRoom| {
+        let fitting = gpu.profiles.iter().filter(|p| p.fits > Some(0) && !profile::has_attribute(&p.name));
+        fitting.map(|p| (p.memory_mib, profile::compute_slices(&p.name), p.name.clone())).max()
+    };
+    let others: Vec<_> = plan.gpus.iter().filter(is_other).map(|gpu| (gpu.index, fitting(gpu))).collect();
+    let largest = others.iter().filter_map(|(_, largest)| largest.as_ref()).max();
+    if let (false, Some(largest)) = (parts.is_empty(), largest) {
+        let there = others.iter().filter(|(_, fitting)| fitting.as_ref() == Some(largest));
+        let indices: Vec<String> = there.map(|(index, _)| index.to_string()).collect();
+        parts.push(format!("{} still fits on GPU {}", largest.2, indices.join(", ")));
+    }
+    parts
 }
 
 /// The reason, the offer or the room that there is, and what to do.
