@@ -74,13 +74,16 @@ test-slurm-slow: build ## the same, and what waits for Slurm's slow clocks: many
 test-packages: build ## the packages, on booted Debian of SUITES: install, upgrade, removal, purge (root; installs lintian, rpm, ...)
 	@scripts/test-packages $(SUITES)
 
+test-docs: build ## run what README.md, docs/*.md and sim/README.md show: every block of commands, every file (root)
+	@scripts/test-docs
+
 check: ## formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
-	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/package scripts/picture \
-	    scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-engines scripts/test-packages scripts/test-slurm \
-	    .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
+	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/machine.sh \
+	    scripts/package scripts/picture scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-docs scripts/test-engines \
+	    scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench

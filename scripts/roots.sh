@@ -7,7 +7,7 @@
 # Those that a suite's apt doesn't know are left out. cc is for tests that build a library.
 root_packages=(podman crun runc conmon containerd docker.io docker-cli nftables netavark nerdctl docker-compose cri-tools
     busybox-static jq procps iproute2 strace util-linux findutils catatonit gcc libc6-dev curl systemd dbus make
-    uidmap rpm musl-tools)
+    uidmap rpm musl-tools python3 python3-yaml acl charliecloud-runtime)
 
 # Where apt gets Debian from here: the first such mirror that has the suite.
 # shellcheck disable=SC2016,SC2154  # $tmp is of who sources this

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use common::{World, binaries, installed, run, skip, text, wait_for};
+use common::{World, binaries, blocks, installed, run, skip, text, wait_for};
 use serde_json::{Value, json};
 
 const PROGRAM: &str = "/usr/bin/migctl";
@@ -316,6 +316,8 @@ fn a_host_of_pbs_without_mig_hook_runs_what_does_not_ask() {
 /// A job of LSF's, which asks in its environment; LSFUSER and the numbers are LSF's.
 fn lsf(world: &World, script: &str, profile: Option<&str>, index: &str, words: &[&str]) -> Output {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid()).unwrap().unwrap().name;
+    let queue = &blocks(include_str!("../docs/hpc.md"), "lsf")[0];
+    assert!(queue.lines().any(|line| line.ends_with(&format!(" /usr/share/mig-hook/hpc/lsf/{script}"))), "{queue}");
     let mut command = Command::new(shipped(world, &format!("lsf/{script}")));
     command.args(words).current_dir("/").env_clear().env("PATH", "/bin:/usr/bin:/sbin:/usr/sbin");
     command.env("LSB_JOBID", "77").env("LSB_JOBINDEX", index).env("LSFUSER", user);

@@ -8,6 +8,8 @@ mod cluster;
 mod common;
 #[path = "slurm/containers.rs"]
 mod containers;
+#[path = "slurm/documents.rs"]
+mod documents;
 #[path = "slurm/ends.rs"]
 mod ends;
 #[path = "slurm/submit.rs"]

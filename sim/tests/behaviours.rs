@@ -887,6 +887,11 @@ fn nvml_wrapper_reads_the_machine() {
     let sim = Sim::one(A100);
     sim.cli("make", &["--gpu", "0", "--profile", "1g.10gb"]);
     let library = sim.library();
+    let page = include_str!("../README.md");
+    assert!(
+        page.contains("nvml_wrapper::Nvml::builder().lib_path(library.as_os_str()).init()"),
+        "sim/README.md has another"
+    );
     let nvml = nvml_wrapper::Nvml::builder().lib_path(library.as_os_str()).init().unwrap();
     assert_eq!(nvml.sys_driver_version().unwrap(), "580.95.05");
     let gpu = nvml.device_by_index(0).unwrap();
@@ -910,8 +915,18 @@ fn nvidia_ml_py_agrees() {
     }
     let sim = Sim::new(&["--gpu", A100, "--gpu", H100]);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance.py");
-    let output = Command::new(python).arg(script).env("LD_LIBRARY_PATH", sim.dir().join("usr/lib")).output().unwrap();
+    let output = Command::new(&python).arg(script).env("LD_LIBRARY_PATH", sim.dir().join("usr/lib")).output().unwrap();
     assert_ran(&output);
+
+    // What sim/README.md has.
+    let sim = Sim::one(A100);
+    let page = include_str!("../README.md");
+    let example =
+        page.split("```").find(|block| block.contains("import pynvml")).unwrap().strip_prefix("sh\n").unwrap();
+    let example = example.replace("/tmp/m", sim.dir().to_str().unwrap()).replace("python3", &python);
+    let output = Command::new("sh").args(["-c", &example]).output().unwrap();
+    assert_ran(&output);
+    assert!(output.stdout.starts_with(b"MIG-"), "{output:?}");
 }
 
 #[test]

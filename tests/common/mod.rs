@@ -355,6 +355,20 @@ impl World {
     }
 }
 
+/// The blocks of a Markdown page in a language, in their order.
+pub fn blocks(page: &str, language: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut lines = page.lines();
+    while let Some(line) = lines.next() {
+        let Some(of) = line.strip_prefix("```") else { continue };
+        let block: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+        if of == language {
+            found.push(block.join("\n"));
+        }
+    }
+    found
+}
+
 /// The JSON document in a file.
 pub fn document(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()

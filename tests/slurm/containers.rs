@@ -10,7 +10,7 @@ use crate::common::{document, run, text, wait_for};
 use crate::submit::uuids;
 
 /// A bundle of our user's, with a root of busybox.
-fn bundle(cluster: &Cluster, script: &str) -> PathBuf {
+pub fn bundle(cluster: &Cluster, script: &str) -> PathBuf {
     let bundle = cluster.path("home/bundle");
     let script = format!(
         "set -e; mkdir -p {0}/rootfs/bin {0}/rootfs/dev {0}/rootfs/proc {0}/rootfs/sys {0}/rootfs/tmp; cd {0}; \

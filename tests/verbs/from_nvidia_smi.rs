@@ -2,22 +2,17 @@
 
 use std::process::Command;
 
-use crate::common::{World, binaries, run, text};
+use crate::common::{World, binaries, blocks, run, text};
 use crate::{code, repository};
 
 /// The commands of ours on the page in their order: in code spans of the second column, and in blocks.
 fn commands() -> Vec<String> {
     let page = std::fs::read_to_string(repository("docs/from-nvidia-smi.md")).unwrap();
-    let mut commands = Vec::new();
-    for line in page.lines() {
-        if let Some(block) = line.strip_prefix("    migctl ") {
-            commands.push(block.split("  #").next().unwrap().trim().to_owned());
-        } else if line.starts_with('|') {
-            let spans = line.split('`').skip(1).step_by(2);
-            commands.extend(spans.filter_map(|span| span.strip_prefix("migctl ")).map(str::to_owned));
-        }
-    }
-    commands
+    let rows = page.lines().filter(|line| line.starts_with('|'));
+    let spans = rows.flat_map(|row| row.split('`').skip(1).step_by(2)).map(str::to_owned);
+    let blocks = blocks(&page, "sh").join("\n");
+    let lines = blocks.lines().map(|line| line.split("  #").next().unwrap().trim().to_owned());
+    spans.chain(lines).filter_map(|command| command.strip_prefix("migctl ").map(str::to_owned)).collect()
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::{Init, World, binaries, config, document, run, text};
+use crate::common::{Init, World, binaries, blocks, config, document, run, text};
 use crate::{asked, code, repository, shown, snapshot, stdout};
 
 /// A metric family as a strict reader of both formats takes it.
@@ -272,6 +272,12 @@ fn docs_and_dashboard_have_every_metric_and_no_other() {
     };
     let shapes: BTreeMap<String, _> = told.iter().map(|(name, family)| (name.clone(), shape(family))).collect();
     assert_eq!(documented, shapes, "docs/metrics.md differs from what is printed");
+
+    let queries = blocks(&page, "promql");
+    assert!(!queries.is_empty(), "the page has no query");
+    for query in queries {
+        assert_eq!(check(&query, &shapes).1, Vec::<String>::new(), "{query}");
+    }
 
     let dashboard = document(&repository("packaging/grafana/mig-hook.json"));
     let mut used = BTreeSet::new();
