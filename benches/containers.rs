@@ -1,8 +1,9 @@
 //! What a slice costs: create + start + delete through `mig-runtime`, beside the same container through plain runc in the
 //! same run. Prints medians, and the median of the pairwise ratios with a bootstrap interval: absolute times of a shared
-//! machine mean nothing. `make bench` runs it; the table in docs/performance.md is its output.
+//! machine mean nothing. Then many containers at once, and a driver that takes its time. `make bench` runs it; the tables in
+//! docs/performance.md are its output.
 //!
-//! `cargo bench --bench containers -- [--rounds N]`, as root, with `make build` done.
+//! `cargo bench --bench containers -- [--rounds N] [--past N]`, as root, with `make build` done.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
@@ -18,6 +19,8 @@ struct Case {
     name: &'static str,
     runtime: Vec<String>,
     config: Value,
+    /// The machine that it runs on.
+    machine: &'static str,
 }
 
 /// Wall and CPU time of one create + start + delete, in ms. CPU is that of every process that ran for it: runtime, shim,
@@ -40,64 +43,173 @@ fn main() {
     let runc =
         ["/usr/bin/runc", "/usr/sbin/runc"].into_iter().find(|p| Path::new(p).exists()).expect("runc is not installed");
     let dir = tempfile::Builder::new().prefix("mig-bench").tempdir_in(base()).unwrap();
-    let bench = Bench { dir: dir.path().to_owned() };
-    bench.lay_out(&dist, runc);
+    let bench = Bench { dir: dir.path().to_owned(), dist, runc };
+    bench.lay_out();
+    one_at_a_time(&bench, rounds, option("--past").unwrap_or(500));
+    peaks(&bench);
+    many_at_once(&bench, rounds.div_ceil(4));
+    a_driver_that_takes_its_time(&bench);
+    nothing_to_apply(&bench, rounds);
+    for machine in MACHINES {
+        let left = bench.migctl(machine.name, &["leases", "--json"]);
+        let held = left["leases"].as_array().unwrap().iter().filter(|lease| lease["state"] != "idle").count();
+        assert_eq!(held, 0, "leases are left over on {}: {left:#}", machine.name);
+    }
+}
 
-    let shim = |more: &[&str]| {
-        let mut words = vec![dist.join("mig-runtime").display().to_string()];
-        words.extend(["--mig-config".to_owned(), bench.path("config.toml").display().to_string()]);
-        words.extend(more.iter().map(|w| (*w).to_owned()));
-        words
-    };
-    let docker_like = padded(bench.config(json!({})), 9 * 1024);
+/// A machine that containers run on.
+struct Machine {
+    name: &'static str,
+    gpus: usize,
+    /// 1g slices of another tool's on each GPU, one less on the last.
+    taken: usize,
+    /// What `nvml-sim create` is told besides.
+    options: &'static [&'static str],
+    /// Settings.
+    settings: &'static str,
+}
+
+const MACHINES: [Machine; 6] = [
+    Machine { name: "plain", gpus: 1, taken: 0, options: &[], settings: "" },
+    Machine { name: "idle", gpus: 1, taken: 0, options: &[], settings: "[slices]\nidle_ttl = \"1h\"\n" },
+    Machine { name: "files", gpus: 1, taken: 0, options: &["--driver-files"], settings: "" },
+    Machine { name: "full", gpus: 1, taken: 7, options: &[], settings: "" },
+    Machine { name: "eight", gpus: 8, taken: 7, options: &[], settings: "" },
+    Machine { name: "empty", gpus: 8, taken: 0, options: &[], settings: "" },
+];
+
+fn one_at_a_time(bench: &Bench, rounds: usize, past: usize) {
+    let plain = || bench.config(json!({}));
+    let asking = || bench.config(json!({"mig.profile": "1g.10gb"}));
+    let case =
+        |name, machine, more: &[&str], config| Case { name, runtime: bench.shim(machine, more), config, machine };
+    let fresh = "1g.10gb cut fresh";
     let cases = [
-        Case { name: "runc", runtime: vec![runc.into()], config: bench.config(json!({})) },
-        Case { name: "mig-runtime, nothing asked", runtime: shim(&[]), config: bench.config(json!({})) },
-        Case { name: "mig-runtime, nothing asked, 9 KB config", runtime: shim(&["--mig-env"]), config: docker_like },
-        Case {
-            name: "mig-runtime, 1g.10gb cut fresh",
-            runtime: shim(&[]),
-            config: bench.config(json!({"mig.profile": "1g.10gb"})),
-        },
+        Case { name: "runc", runtime: vec![bench.runc.into()], config: plain(), machine: "plain" },
+        case("nothing asked, 2.6 KB config", "plain", &[], plain()),
+        case("nothing asked, 9 KB config", "plain", &["--mig-env"], padded(plain(), 9 * 1024)),
+        case(fresh, "plain", &[], asking()),
+        case("1g.10gb that an earlier container left (`idle_ttl`)", "idle", &[], asking()),
+        case("1g.10gb cut fresh, with the driver's files", "files", &[], asking()),
+        case("1g.10gb cut fresh, 1 GPU with 6 slices", "full", &[], asking()),
+        case("1g.10gb cut fresh, 8 GPUs with 55 slices", "eight", &[], asking()),
     ];
-    println!("create + start + delete, {rounds} rounds, each case once a round in turn; runc {}", version(runc));
+    println!("create + start + delete, {rounds} rounds, each case once a round in turn; runc {}", version(bench.runc));
     println!();
-    println!("| case | wall ms | ratio to runc (95 % interval) | CPU ms | CPU more than runc |");
-    println!("|---|---|---|---|---|");
-    let mut costs: Vec<Vec<Cost>> = cases.iter().map(|_| Vec::new()).collect();
-    for round in 0..rounds + 3 {
-        // The order turns, so that no case always follows the same one.
-        for n in (0..cases.len()).map(|n| (n + round) % cases.len()) {
-            let cost = bench.cycle(&cases[n], round);
-            if round >= 3 {
-                costs[n].push(cost);
-            }
-        }
+    println!("| case | wall ms | ratio to runc (95 % interval) | CPU ms | CPU more than runc | NVML calls (inits) |");
+    println!("|---|---|---|---|---|---|");
+    bench.compare(&cases, rounds);
+    for _ in 0..past {
+        bench.ended_container();
     }
-    let plain = costs[0].clone();
-    for (case, costs) in cases.iter().zip(&costs) {
-        let ratios: Vec<f64> = costs.iter().zip(&plain).map(|(a, b)| a.wall / b.wall).collect();
-        let (low, high) = bootstrap(&ratios);
-        let cpu: Vec<f64> = costs.iter().zip(&plain).map(|(a, b)| a.cpu - b.cpu).collect();
-        println!(
-            "| {} | {:.1} | {:.3} ({low:.3}–{high:.3}) | {:.1} | {:+.1} ms |",
-            case.name,
-            median(costs.iter().map(|c| c.wall)),
-            median(ratios.iter().copied()),
-            median(costs.iter().map(|c| c.cpu)),
-            median(cpu.into_iter()),
-        );
-    }
+    let again = [
+        Case { name: "runc", runtime: vec![bench.runc.into()], config: plain(), machine: "plain" },
+        case("1g.10gb cut fresh, after many others", "plain", &[], asking()),
+    ];
+    println!();
+    println!("after {past} containers that had slices on the same machine:");
+    println!();
+    println!("| case | wall ms | ratio to runc (95 % interval) | CPU ms | CPU more than runc | NVML calls (inits) |");
+    println!("|---|---|---|---|---|---|");
+    bench.compare(&again, rounds);
+}
+
+fn peaks(bench: &Bench) {
     println!();
     println!("peak memory of our processes (the low-level runtime is a stub that does nothing):");
     println!();
     println!("| process | MB |");
     println!("|---|---|");
-    for (name, words) in bench.peaks(&dist) {
+    for (name, words) in bench.peaks() {
         println!("| {name} | {:.1} |", peak(&words));
     }
-    let left = bench.migctl(&dist, &["leases", "--json"]);
-    assert_eq!(left["leases"], json!([]), "leases are left over");
+}
+
+/// 56 containers, all created, then all started, then all deleted: with 8 GPUs each has a slice.
+fn many_at_once(bench: &Bench, rounds: usize) {
+    const MANY: usize = 56;
+    let with_slice = Case {
+        name: "56 with a slice",
+        runtime: bench.shim("empty", &[]),
+        config: bench.config(json!({"mig.profile": "1g.10gb"})),
+        machine: "empty",
+    };
+    let plain = Case {
+        name: "56 under runc",
+        runtime: vec![bench.runc.into()],
+        config: bench.config(json!({})),
+        machine: "empty",
+    };
+    for at in 0..MANY {
+        bench.bundle(&format!("many{at}"));
+    }
+    let mut walls: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
+    for round in 0..=rounds {
+        for n in [round % 2, (round + 1) % 2] {
+            let wall = bench.crowd([&plain, &with_slice][n], MANY);
+            if round > 0 {
+                walls[n].push(wall);
+            }
+        }
+    }
+    let ratios: Vec<f64> = walls[1].iter().zip(&walls[0]).map(|(slice, plain)| slice / plain).collect();
+    let (low, high) = bootstrap(&ratios);
+    println!();
+    println!("{MANY} containers at once on 8 GPUs, {rounds} rounds: all created, then all deleted");
+    println!();
+    println!("| case | wall ms | ratio to runc (95 % interval) |");
+    println!("|---|---|---|");
+    println!("| {} | {:.0} | 1.000 |", plain.name, median(walls[0].iter().copied()));
+    let slice = median(walls[1].iter().copied());
+    println!("| {} | {slice:.0} | {:.3} ({low:.3}–{high:.3}) |", with_slice.name, median(ratios.iter().copied()));
+}
+
+/// Creates at once with a driver that takes 300 ms to cut and 1 s to destroy, one thing at a time on each GPU.
+fn a_driver_that_takes_its_time(bench: &Bench) {
+    bench.slow_down("empty");
+    let case = Case {
+        name: "",
+        runtime: bench.shim_over_nothing("empty"),
+        config: bench.config(json!({"mig.profile": "7g.80gb"})),
+        machine: "empty",
+    };
+    println!();
+    println!(
+        "a driver that takes 300 ms to cut and 1 s to destroy, one at a time on each GPU (median of 5, no container):"
+    );
+    println!();
+    println!("| at once, each on a GPU of its own | cut, ms | ratio | given back, ms | ratio |");
+    println!("|---|---|---|---|---|");
+    let mut one = None;
+    for count in [1, 2, 4, 8] {
+        let times: Vec<(f64, f64)> = (0..5).map(|_| bench.cut_and_give_back(&case, count)).collect();
+        let (cut, back) = (median(times.iter().map(|t| t.0)), median(times.iter().map(|t| t.1)));
+        let (first_cut, first_back) = *one.get_or_insert((cut, back));
+        println!("| {count} | {cut:.0} | {:.2} | {back:.0} | {:.2} |", cut / first_cut, back / first_back);
+    }
+}
+
+/// `migctl apply` of what is there already.
+fn nothing_to_apply(bench: &Bench, rounds: usize) {
+    let layout = bench.path("layout.yaml");
+    let text = "version: v1\nmig-configs:\n  all-1g:\n    - devices: all\n      mig-enabled: true\n      mig-devices: {1g.10gb: 7}\n";
+    std::fs::write(&layout, text).unwrap();
+    let layout = layout.display().to_string();
+    let config = bench.settings("empty").display().to_string();
+    bench.sim("empty", &["latency", "--call", "*", "--ms", "0"]);
+    let apply = || {
+        let start = Instant::now();
+        ok(Command::new(bench.dist.join("migctl")).args(["--config", &config, "apply", &layout]));
+        start.elapsed().as_secs_f64() * 1e3
+    };
+    apply();
+    let times: Vec<f64> = (0..rounds).map(|_| apply()).collect();
+    println!();
+    println!(
+        "`migctl apply` with nothing to do, 8 GPUs with 7 slices each: {:.1} ms (median of {rounds})",
+        median(times.into_iter())
+    );
+    ok(Command::new(bench.dist.join("migctl")).args(["--config", &config, "destroy", "--all"]));
 }
 
 /// A tmpfs that programs run from, as the engines' /run is on most hosts; else /tmp.
@@ -115,6 +227,8 @@ fn base() -> &'static str {
 
 struct Bench {
     dir: PathBuf,
+    dist: PathBuf,
+    runc: &'static str,
 }
 
 impl Bench {
@@ -122,22 +236,173 @@ impl Bench {
         self.dir.join(relative)
     }
 
-    /// A busybox root, a simulated machine, settings, and a runtime that does nothing.
-    fn lay_out(&self, dist: &Path, runc: &str) {
+    fn settings(&self, machine: &str) -> PathBuf {
+        self.path(&format!("{machine}.toml"))
+    }
+
+    fn shim(&self, machine: &str, more: &[&str]) -> Vec<String> {
+        let (shim, config) = (self.dist.join("mig-runtime"), self.settings(machine));
+        let words = [shim.display().to_string(), "--mig-config".to_owned(), config.display().to_string()];
+        words.into_iter().chain(more.iter().map(|w| (*w).to_owned())).collect()
+    }
+
+    /// The same with a low-level runtime that does nothing.
+    fn shim_over_nothing(&self, machine: &str) -> Vec<String> {
+        let mut words = self.shim(machine, &[]);
+        words[2] = self.path(&format!("{machine}-stub.toml")).display().to_string();
+        words
+    }
+
+    /// A busybox root, simulated machines with settings, and a runtime that does nothing.
+    fn lay_out(&self) {
         std::fs::create_dir_all(self.path("b/rootfs/bin")).unwrap();
         std::fs::copy("/bin/busybox", self.path("b/rootfs/bin/true")).expect("busybox-static is not installed");
-        ok(Command::new(runc).args(["spec", "--bundle"]).arg(self.path("b")));
-        let machine = self.path("m");
-        ok(Command::new(dist.join("nvml-sim")).arg("create").arg(&machine).args(["--gpu", "a100-sxm4-80gb"]));
-        let (dir, machine) = (self.dir.display(), machine.display());
+        ok(Command::new(self.runc).args(["spec", "--bundle"]).arg(self.path("b")));
+        for machine in MACHINES {
+            self.machine(&machine);
+        }
+    }
+
+    fn machine(&self, machine: &Machine) {
+        let (name, root) = (machine.name, self.path(machine.name));
+        let gpus = std::iter::repeat_n(["--gpu", "a100-sxm4-80gb"], machine.gpus).flatten();
+        ok(Command::new(self.dist.join("nvml-sim")).arg("create").arg(&root).args(gpus).args(machine.options));
+        for gpu in 0..machine.gpus {
+            let less = usize::from(gpu + 1 == machine.gpus);
+            for _ in 0..machine.taken.saturating_sub(less) {
+                self.sim(name, &["make", "--gpu", &gpu.to_string(), "--profile", "1g.10gb"]);
+            }
+        }
+        let (dir, root) = (self.dir.display(), root.display());
         let text = |runtime: &str| {
             format!(
-                "state_dir = \"{dir}/state\"\n[driver]\nroot = \"{machine}\"\nproc_root = \"{machine}/proc\"\n\
-                 dev_root = \"{machine}/dev\"\n[runtime]\npath = \"{runtime}\"\n"
+                "state_dir = \"{dir}/{name}-state\"\n[driver]\nroot = \"{root}\"\nproc_root = \"{root}/proc\"\n\
+                 dev_root = \"{root}/dev\"\n[runtime]\npath = \"{runtime}\"\n{}",
+                machine.settings
             )
         };
-        std::fs::write(self.path("config.toml"), text(runc)).unwrap();
-        std::fs::write(self.path("stub.toml"), text("/bin/true")).unwrap();
+        std::fs::write(self.settings(name), text(self.runc)).unwrap();
+        std::fs::write(self.path(&format!("{name}-stub.toml")), text("/bin/true")).unwrap();
+    }
+
+    fn sim(&self, machine: &str, words: &[&str]) -> String {
+        let output = Command::new(self.dist.join("nvml-sim"))
+            .arg(words[0])
+            .arg(self.path(machine))
+            .args(&words[1..])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "nvml-sim {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs the cases in turn, and prints a line for each; the first is what the others are compared with.
+    fn compare(&self, cases: &[Case], rounds: usize) {
+        let mut costs: Vec<Vec<Cost>> = cases.iter().map(|_| Vec::new()).collect();
+        for round in 0..rounds + 3 {
+            // The order turns, so that no case always follows the same one.
+            for n in (0..cases.len()).map(|n| (n + round) % cases.len()) {
+                let cost = self.cycle(&cases[n], round);
+                if round >= 3 {
+                    costs[n].push(cost);
+                }
+            }
+        }
+        for (case, costs_of) in cases.iter().zip(&costs) {
+            let ratios: Vec<f64> = costs_of.iter().zip(&costs[0]).map(|(a, b)| a.wall / b.wall).collect();
+            let (low, high) = bootstrap(&ratios);
+            let cpu: Vec<f64> = costs_of.iter().zip(&costs[0]).map(|(a, b)| a.cpu - b.cpu).collect();
+            println!(
+                "| {} | {:.1} | {:.3} ({low:.3}–{high:.3}) | {:.1} | {:+.1} ms | {} |",
+                case.name,
+                median(costs_of.iter().map(|c| c.wall)),
+                median(ratios.iter().copied()),
+                median(costs_of.iter().map(|c| c.cpu)),
+                median(cpu.into_iter()),
+                self.calls(case),
+            );
+        }
+    }
+
+    /// Calls of the driver's library that one container makes, and how often it is opened.
+    fn calls(&self, case: &Case) -> String {
+        self.sim(case.machine, &["count", "on"]);
+        self.cycle(case, 0);
+        let counts: Value = serde_json::from_str(&self.sim(case.machine, &["counts", "--json"])).unwrap();
+        let of = |wanted: fn(&str) -> bool| -> u64 {
+            let counts = counts.as_object().unwrap().iter().filter(|(call, _)| wanted(call));
+            counts.filter_map(|(_, count)| count.as_u64()).sum()
+        };
+        self.sim(case.machine, &["count", "off"]);
+        format!("{} ({})", of(|_| true), of(|call| call.starts_with("nvmlInit")))
+    }
+
+    /// A container that had a slice, as far as we are concerned: no runtime runs.
+    fn ended_container(&self) {
+        let config = self.config(json!({"mig.profile": "1g.10gb"}));
+        self.write_config("b", &config);
+        let shim = self.shim_over_nothing("plain");
+        let bundle = self.path("b").display().to_string();
+        for words in [&["create", "--bundle", &bundle, "past"][..], &["delete", "past"]] {
+            ok(Command::new(&shim[0]).args(&shim[1..]).arg("--root").arg(self.path("root")).args(words));
+        }
+    }
+
+    /// A bundle of that name with the same root file system.
+    fn bundle(&self, name: &str) {
+        std::fs::create_dir_all(self.path(name)).unwrap();
+    }
+
+    fn write_config(&self, bundle: &str, config: &Value) {
+        let mut config = config.clone();
+        config["root"] = json!({"path": self.path("b/rootfs"), "readonly": true});
+        std::fs::write(self.path(bundle).join("config.json"), serde_json::to_vec_pretty(&config).unwrap()).unwrap();
+    }
+
+    /// Every command at the same time; how long until the last one has ended, in ms.
+    fn at_once(&self, case: &Case, commands: &[Vec<String>]) -> f64 {
+        let start = Instant::now();
+        let spawn = |words: &Vec<String>| {
+            let mut command = Command::new(&case.runtime[0]);
+            command.args(&case.runtime[1..]).arg("--root").arg(self.path("root")).args(words);
+            command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+        };
+        let children: Vec<_> = commands.iter().map(spawn).collect();
+        for (mut child, words) in children.into_iter().zip(commands) {
+            assert!(child.wait().unwrap().success(), "{words:?}");
+        }
+        start.elapsed().as_secs_f64() * 1e3
+    }
+
+    /// That many containers created at once, then deleted at once.
+    fn crowd(&self, case: &Case, count: usize) -> f64 {
+        let names: Vec<String> = (0..count).map(|at| format!("many{at}")).collect();
+        names.iter().for_each(|name| self.write_config(name, &case.config));
+        let bundle = |name: &String| self.path(name).display().to_string();
+        let create = |name: &String| vec!["create".to_owned(), "--bundle".to_owned(), bundle(name), name.clone()];
+        let created = self.at_once(case, &names.iter().map(create).collect::<Vec<_>>());
+        let delete = |name: &String| vec!["delete".to_owned(), "--force".to_owned(), name.clone()];
+        created + self.at_once(case, &names.iter().map(delete).collect::<Vec<_>>())
+    }
+
+    fn slow_down(&self, machine: &str) {
+        for (call, ms) in [("nvmlDeviceCreateGpuInstance*", "300"), ("nvmlGpuInstanceDestroy", "1000")] {
+            self.sim(machine, &["latency", "--call", call, "--ms", ms]);
+        }
+        self.sim(machine, &["serialise", "gpu"]);
+    }
+
+    /// Milliseconds until that many have their slices, and until these are gone.
+    fn cut_and_give_back(&self, case: &Case, count: usize) -> (f64, f64) {
+        let names: Vec<String> = (0..count).map(|at| format!("many{at}")).collect();
+        names.iter().for_each(|name| self.write_config(name, &case.config));
+        let bundle = |name: &String| self.path(name).display().to_string();
+        let create = |name: &String| vec!["create".to_owned(), "--bundle".to_owned(), bundle(name), name.clone()];
+        let delete = |name: &String| vec!["delete".to_owned(), name.clone()];
+        (
+            self.at_once(case, &names.iter().map(create).collect::<Vec<_>>()),
+            self.at_once(case, &names.iter().map(delete).collect::<Vec<_>>()),
+        )
     }
 
     fn config(&self, annotations: Value) -> Value {
@@ -151,7 +416,7 @@ impl Bench {
 
     /// One container from create to delete. Only the three calls are timed, not the wait for its end.
     fn cycle(&self, case: &Case, round: usize) -> Cost {
-        std::fs::write(self.path("b/config.json"), serde_json::to_vec_pretty(&case.config).unwrap()).unwrap();
+        self.write_config("b", &case.config);
         let id = format!("bench{round}");
         let pid_file = self.path("pid");
         let _ = std::fs::remove_file(&pid_file);
@@ -181,34 +446,30 @@ impl Bench {
     }
 
     /// Command lines of each process of ours, with a low-level runtime that does nothing.
-    fn peaks(&self, dist: &Path) -> Vec<(&'static str, Vec<String>)> {
-        let stub = self.path("stub.toml").display().to_string();
+    fn peaks(&self) -> Vec<(&'static str, Vec<String>)> {
+        let stub = self.path("plain-stub.toml").display().to_string();
         let root = self.path("root").display().to_string();
         let bundle = self.path("b").display().to_string();
-        let runtime = dist.join("mig-runtime").display().to_string();
+        let runtime = self.dist.join("mig-runtime").display().to_string();
         let create = |id: &str| {
             let words = [&runtime, "--mig-config", &stub, "--root", &root, "create", "--bundle", &bundle, id];
             words.map(str::to_owned).to_vec()
         };
-        std::fs::write(self.path("b/config.json"), self.config(json!({})).to_string()).unwrap();
+        self.write_config("b", &self.config(json!({})));
         let nothing = ("first stage, then nothing asked", create("peak0"));
+        self.bundle("asking");
         let asking = self.path("asking");
-        std::fs::create_dir_all(&asking).unwrap();
-        std::fs::write(asking.join("config.json"), self.config(json!({"mig.profile": "1g.10gb"})).to_string()).unwrap();
+        self.write_config("asking", &self.config(json!({"mig.profile": "1g.10gb"})));
         let mut slice = create("peak1");
         let at = slice.iter().position(|w| *w == bundle).unwrap();
         slice[at] = asking.display().to_string();
-        let gc = [&dist.join("migctl").display().to_string(), "--config", &stub, "gc"].map(str::to_owned).to_vec();
+        let gc = [&self.dist.join("migctl").display().to_string(), "--config", &stub, "gc"].map(str::to_owned).to_vec();
         vec![nothing, ("mig-engine, 1g.10gb cut fresh", slice), ("migctl gc, slice given back", gc)]
     }
 
-    fn migctl(&self, dist: &Path, args: &[&str]) -> Value {
-        let output = Command::new(dist.join("migctl"))
-            .arg("--config")
-            .arg(self.path("config.toml"))
-            .args(args)
-            .output()
-            .unwrap();
+    fn migctl(&self, machine: &str, args: &[&str]) -> Value {
+        let config = self.settings(machine);
+        let output = Command::new(self.dist.join("migctl")).arg("--config").arg(config).args(args).output().unwrap();
         serde_json::from_slice(&output.stdout).unwrap()
     }
 }
