@@ -69,7 +69,7 @@ fn run(args: &Args) -> Result<()> {
         table(&trace::unpacked(packed)?, |policy, outcome| replays::check(name, policy, outcome))?;
         println!();
     }
-    println!("every decision, count and share of the policies named with _ or without - is as in expected.json");
+    println!("all of it is as in expected.json, which does not have first-fit and spread");
     if !args.quick {
         sweep::print();
     }
