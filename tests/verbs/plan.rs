@@ -110,16 +110,22 @@ fn a_plan_makes_and_changes_nothing() {
     assert_eq!(document(&world, &["plan", "1g.10gb"])["freed_first"][0]["name"], "container ended");
     assert_eq!(code(&world.migctl(&["plan", "7g.80gb"])), 75);
     assert_eq!((files(&world.path("state")), world.machine()), (before, machine));
-    cordon(&world, 0);
+    assert_only_looked(&world);
+    cordon(&world, 0); // which destroys what has ended
+    world.sim("count", &["on"]);
     assert_eq!(refused(&world, &["1g.10gb"])["refusal"]["kind"], "cordoned");
     std::fs::write(world.path("state/boot_id"), "another\n").unwrap();
     let outlived = refused(&world, &["7g.80gb"]);
     assert_eq!((&outlived["freed_first"], &outlived["refusal"]["kind"]), (&json!([]), &json!("no-room")));
     assert_eq!(outlived["holders"].as_array().unwrap().len(), 1, "the instance of nobody, on a GPU that is open");
-    let counts: Value = serde_json::from_str(&world.sim("counts", &["--json"])).unwrap();
-    let text = counts.to_string();
-    assert!(text.contains("nvmlDeviceGetMigMode"), "{text}");
-    assert!(!text.contains("Create") && !text.contains("Destroy") && !text.contains("SetMig"), "{text}");
+    assert_only_looked(&world);
+}
+
+/// By the calls of the driver that were counted.
+fn assert_only_looked(world: &World) {
+    let calls = world.sim("counts", &["--json"]);
+    assert!(calls.contains("nvmlDeviceGetMigMode"), "{calls}");
+    assert!(!calls.contains("Create") && !calls.contains("Destroy") && !calls.contains("SetMig"), "{calls}");
 }
 
 #[test]
