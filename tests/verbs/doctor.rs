@@ -232,6 +232,9 @@ fn a_state_directory_that_others_can_open_or_own() {
     let state = machine.world.path("state");
     std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o755)).unwrap();
     assert!(machine.only("state.directory", "fail").contains("chmod 700"));
+    // As the first job leaves it.
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o711)).unwrap();
+    assert_eq!(machine.faults(), Vec::<String>::new());
     std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o700)).unwrap();
     chown(&state, Some(12345), None).unwrap();
     assert!(machine.only("state.directory", "fail").contains("belongs to uid 12345"));
