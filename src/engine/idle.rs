@@ -85,7 +85,8 @@ impl Engine<'_> {
     }
 }
 
-/// What `choose` finds where some of what is idle goes, and the tokens of that: as few and as small ones as do.
+/// What `choose` finds where some of what is idle goes, the smallest first, and the tokens of that, less those that it can do
+/// without.
 pub(super) fn evicting<T>(
     devices: &[Device],
     leases: &[Lease],
