@@ -1,4 +1,5 @@
-//! What docs/slurm.md, docs/cluster.md and docs/hpc.md show of Slurm: commands run, and lines of slurm.conf are right.
+//! What docs/slurm.md, docs/cluster.md, docs/hpc.md and docs/quickstart.md show of Slurm: commands run, and lines of
+//! slurm.conf are right.
 
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use crate::submit::uuids;
 const PAGE: &str = include_str!("../../docs/slurm.md");
 const MORE_NODES: &str = include_str!("../../docs/cluster.md");
 const CONTAINERS: &str = include_str!("../../docs/hpc.md");
+const QUICK: &str = include_str!("../../docs/quickstart.md");
 
 /// A node as the pages have it.
 const NODE: &[&[&str]] = &[&["a100-sxm4-80gb", "a100-sxm4-80gb"]];
@@ -19,7 +21,7 @@ fn home(cluster: &Cluster) {
     bundle(cluster, "");
     let script = "mkdir bin IMAGE && cd IMAGE && mkdir -p bin dev proc sys tmp etc home root run mnt usr/bin var &&
         touch etc/passwd etc/group etc/hosts etc/resolv.conf && cp \"$(command -v busybox)\" bin/sh && cd .. &&
-        for program in bin/python3 IMAGE/bin/python3 task one two; do
+        for program in bin/python3 bin/nvidia-smi IMAGE/bin/python3 task one two; do
             printf '#!/bin/sh\\necho $CUDA_VISIBLE_DEVICES\\n' >$program && chmod +x $program || exit 1
         done &&
         printf '#!/bin/sh\\n#SBATCH --wait\\n#SBATCH --output=job\\n#SBATCH --gres=mig:3g.40gb\\n./task\\n' >job.sh";
@@ -47,8 +49,8 @@ fn commands_of_users_run() {
     let of_slurm = |page: &str| -> Vec<String> {
         blocks(page, "sh").into_iter().filter(|block| block.contains("srun ") && !block.contains("apptainer")).collect()
     };
-    let commands = [of_slurm(PAGE), of_slurm(CONTAINERS)].concat();
-    assert!(commands.len() >= 5, "the reader of the pages is broken: {commands:#?}");
+    let commands = [of_slurm(PAGE), of_slurm(CONTAINERS), of_slurm(QUICK)].concat();
+    assert!(commands.len() >= 6, "the reader of the pages is broken: {commands:#?}");
     for block in commands {
         if block.contains("ch-run") && !Path::new("/usr/bin/ch-run").exists() {
             crate::common::skip(&block, "no Charliecloud");
