@@ -75,7 +75,8 @@ impl Podman<'_> {
         std::fs::set_permissions(ours, PermissionsExt::from_mode(0o644)).unwrap();
         let mut make = Command::new("make");
         make.args(["--silent", "install"]).current_dir(env!("CARGO_MANIFEST_DIR"));
-        must(make.arg(format!("PREFIX={}", prefix.display())).arg(format!("DIST={}", binaries().display())));
+        let places = [("PREFIX", &prefix), ("SYSCONFDIR", &etc), ("DIST", &binaries())];
+        must(make.args(places.map(|(name, path)| format!("{name}={}", path.display()))));
         Podman { site, etc, prefix }
     }
 
