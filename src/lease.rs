@@ -341,6 +341,11 @@ impl Lease {
         self.slices.iter().flat_map(|s| [s.gi_minor, s.ci_minor]).flatten()
     }
 
+    /// Whether its slices are nobody's, and there for whoever asks.
+    pub fn is_spare(&self) -> bool {
+        matches!(self.state, State::Static | State::Idle)
+    }
+
     /// Whether one of its slices lies where that instance of a GPU is.
     pub fn is_at(&self, gpu: &str, instance: &Instance) -> bool {
         self.slices.iter().any(|slice| slice.is_at(gpu, instance))

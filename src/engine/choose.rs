@@ -317,10 +317,7 @@ impl Engine<'_> {
         };
         let by_name = matches!(want, Want::Uuid(_));
         let kept_here = |device: &Device, instance: &Instance| {
-            let here = |lease: &&Lease| {
-                matches!(lease.state, State::Static | State::Idle) && lease.is_at(&device.uuid, instance)
-            };
-            leases.iter().find(here)
+            leases.iter().find(|lease| lease.is_spare() && lease.is_at(&device.uuid, instance))
         };
         let instances = devices.iter().flat_map(|device| device.instances.iter().map(move |i| (device, i)));
         let mut fitting: Vec<(&Device, &Instance, Option<&Lease>)> = Vec::new();
@@ -386,7 +383,7 @@ impl Engine<'_> {
         found: &[Option<Slice>],
         uid: Option<u32>,
     ) -> Option<(Kind, String)> {
-        let mut holders = leases.iter().filter(|lease| !matches!(lease.state, State::Static | State::Idle));
+        let mut holders = leases.iter().filter(|lease| !lease.is_spare());
         if let Some(lease) = holders.find(|lease| lease.is_at(&device.uuid, instance)) {
             return Some((Kind::Held, format!("is held by {}", lease.held_by())));
         }

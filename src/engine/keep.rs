@@ -356,8 +356,7 @@ impl Engine<'_> {
     pub(super) fn look_afresh(&self, lock: &Lock) -> Vec<Action> {
         let look = || {
             let mut leases = self.leases()?;
-            let may_have_gone = |lease: &Lease| matches!(lease.state, State::Static | State::Idle);
-            if self.settings.cdi_spec.is_none() && !leases.iter().any(may_have_gone) {
+            if self.settings.cdi_spec.is_none() && !leases.iter().any(Lease::is_spare) {
                 return Ok(Vec::new());
             }
             let devices = self.managed_devices()?;
@@ -436,10 +435,8 @@ pub(super) fn kept(lease: &Lease) -> serde_json::Value {
 
 /// Takes out of `leases` the kept and the idle slices that are not there any more.
 pub(super) fn take_vanished(devices: &[Device], leases: &mut Vec<Lease>) -> Vec<Lease> {
-    let vanished = |lease: &mut Lease| {
-        let is_there_for_others = matches!(lease.state, State::Static | State::Idle);
-        is_there_for_others && lease.slices.iter().any(|slice| has_vanished(slice, devices))
-    };
+    let vanished =
+        |lease: &mut Lease| lease.is_spare() && lease.slices.iter().any(|slice| has_vanished(slice, devices));
     leases.extract_if(.., vanished).collect()
 }
 

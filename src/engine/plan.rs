@@ -686,9 +686,7 @@ fn source(slice: &Slice, leases: &[Lease]) -> Source {
     if slice.uuid.is_none() {
         return Source::New;
     }
-    let there = |lease: &&Lease| {
-        matches!(lease.state, State::Static | State::Idle) && lease.slices.iter().any(|own| is_same(own, slice))
-    };
+    let there = |lease: &&Lease| lease.is_spare() && lease.slices.iter().any(|own| is_same(own, slice));
     match leases.iter().find(there).map(|lease| (lease.state, lease.reserved_for)) {
         Some((State::Idle, _)) => Source::Idle,
         Some((_, Some(_))) => Source::Reserved,
