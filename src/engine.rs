@@ -12,19 +12,21 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::config::{ConfigError, Settings};
-use crate::container::{self, ContainerError};
+use crate::container::ContainerError;
 use crate::first::index_name;
-use crate::gpu::{ComputeInstance, Gpu, GpuError, Instance};
+use crate::gpu::{Gpu, GpuError};
 use crate::host::{self, Host, HostError, PidFile, ProcessId};
-use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, Step, VERSION, Verdict, Way, verdict};
+use crate::lease::{Facts, Holder, Init, Lease, ORPHAN_WAIT_MS, Slice, State, VERSION, Verdict, Way, verdict};
 use crate::request::Request;
 use crate::runtime;
-use crate::store::{Lock, Store, StoreError};
+use crate::store::{Claim, Lock, Store, StoreError};
 
 mod choose;
 mod cordon;
+mod cutting;
 mod destroy;
 mod driver;
+mod freeing;
 mod idle;
 mod job;
 mod keep;
@@ -38,6 +40,7 @@ pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
 pub use destroy::{Destroyed, Place};
 pub use driver::driver_files;
+use freeing::{Begun, RELOCK_WAIT};
 pub use job::published_job;
 pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};
@@ -186,24 +189,6 @@ pub struct Engine<'a> {
     gpu: &'a dyn Gpu,
 }
 
-/// What stands in the way of destroying a slice.
-enum Obstacle {
-    /// Try again later.
-    Busy(String),
-    /// Not surely ours, or gone without its holder, and something holds it.
-    Held(String),
-}
-
-/// What a slice's end takes.
-enum ToDestroy {
-    /// Nothing is there, or nothing is ours.
-    Nothing,
-    /// Something is in the way.
-    Not(Obstacle),
-    /// This GPU instance, with its compute instances.
-    Instance(Instance),
-}
-
 impl<'a> Engine<'a> {
     /// Opens the state; touches neither lock nor GPU.
     pub fn open(settings: &'a Settings, gpu: &'a dyn Gpu) -> Result<Engine<'a>, Failure> {
@@ -237,13 +222,12 @@ impl<'a> Engine<'a> {
         let deadline = Instant::now() + BUSY_LIMIT;
         let mut pause = Duration::from_millis(20);
         loop {
-            let (lock, look) = self.lock_and_look(None)?;
-            self.store.begin_boot(&lock, &host::boot_id()?)?;
-            let busy = self.reap(&lock)?.iter().any(Action::may_soon_be_free);
-            match self.acquire_locked(&lock, request, holder, look) {
+            let (lock, actions) = self.enter_and_reap()?;
+            let busy = actions.iter().any(Action::may_soon_be_free);
+            match self.acquire_locked(lock, request, holder, Look::now(None))? {
                 // What ended a moment ago may be about to make room: the driver lets go a little later.
-                Err(Failure::NoRoom(_)) if busy && Instant::now() + pause < deadline => drop(lock),
-                outcome => return outcome,
+                (lock, Err(Failure::NoRoom(_))) if busy && Instant::now() + pause < deadline => drop(lock),
+                (_, outcome) => return outcome,
             }
             if wait::is_cancelled_within(pause, cancel) {
                 return Err(Failure::Interrupted);
@@ -252,99 +236,87 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn acquire_locked(&self, lock: &Lock, request: &Request, holder: &Holder, look: Look) -> Result<Lease, Failure> {
-        let mut leases = self.leases()?;
+    /// Decides under the lock, cuts without it, and has it again at the end. The outer error: it has not.
+    fn acquire_locked(
+        &self,
+        mut lock: Lock,
+        request: &Request,
+        holder: &Holder,
+        look: Look,
+    ) -> Result<(Lock, Result<Lease, Failure>), Failure> {
         let mut unusable: Vec<(String, String)> = Vec::new();
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
+            let mut leases = self.leases()?;
             let chosen = self.managed_devices().and_then(|devices| {
-                self.drop_vanished(lock, &devices, &mut leases)?;
-                self.publish(lock, &devices, &leases);
-                self.decide_in_turn(lock, devices, &leases, (request, holder), &unusable, look)
+                self.drop_vanished(&lock, &devices, &mut leases)?;
+                self.publish(&lock, &devices, &leases);
+                self.decide_in_turn(&lock, devices, &leases, (request, holder), &unusable, look)
             });
             let (chosen, overtaken) = match chosen {
                 // What the driver said says more than that no GPU is left to try.
-                Err(unmet) => return Err(last.unwrap_or_else(|| unmet.into())),
+                Err(unmet) => return Ok((lock, Err(last.unwrap_or_else(|| unmet.into())))),
                 Ok(chosen) => chosen,
             };
-            if let Err(busy) = self.evict(lock, &mut leases, &chosen.evicted)? {
-                last = Some(busy);
-                continue;
-            }
             let mut lease = self.new_lease(holder, chosen.slices)?;
-            self.store.put(lock, &lease.token, &lease)?;
-            self.store.ready_intent(lock, &lease.token)?;
-            self.take_over_idle(lock, &mut leases, &lease)?;
-            match self.cut(lock, &mut lease, &leases) {
+            let claim = self.claim_new(&lock, &lease)?;
+            self.store.ready_intent(&lock, &lease.token)?;
+            let evicted = self.begin_to_evict(&lock, &mut leases, &chosen.evicted);
+            self.take_over_idle(&lock, leases, &lease)?;
+            self.serve(&lock, look, true)?;
+            self.count_overtakes(&lock, &overtaken, 1)?;
+            let (back, cut) = self.make(lock, &claim, &mut lease, evicted)?;
+            lock = back;
+            let leases = self.leases()?;
+            match cut.and_then(|()| self.check_minors(&lease, &leases).map_err(|failure| (None, failure))) {
                 Ok(()) => {
                     lease.state = State::Active;
                     lease.granted_boot_ms = Some(host::boot_ms());
-                    self.store.put(lock, &lease.token, &lease)?;
-                    self.index(lock, &lease)?;
-                    self.count_overtakes(lock, &overtaken)?;
-                    return Ok(lease);
+                    self.store.put(&lock, &lease.token, &lease)?;
+                    self.index(&lock, &lease)?;
+                    return Ok((lock, Ok(lease)));
                 }
                 Err((gpu, failure)) => {
-                    self.free(lock, lease, "it could not be cut");
+                    let undone = self.begin_claimed(&lock, claim, lease, "it could not be cut");
+                    lock = self.free_apart(lock, vec![undone])?.0;
+                    self.serve(&lock, look, false)?;
+                    self.count_overtakes(&lock, &overtaken, -1)?;
                     // A taken placement is seen when the GPU is read again; a GPU in another trouble is left out.
-                    if !matches!(failure, Failure::Gpu(GpuError::NoRoom { .. })) {
+                    if let Some(gpu) = gpu.filter(|_| !matches!(failure, Failure::Gpu(GpuError::NoRoom { .. }))) {
                         unusable.push((gpu, failure.to_string()));
                     }
                     last = Some(failure);
                 }
             }
         }
-        Err(last.unwrap_or_else(|| Failure::NoRoom("no placement was accepted by the driver".into())))
+        let never = || Failure::NoRoom("no placement was accepted by the driver".into());
+        Ok((lock, Err(last.unwrap_or_else(never))))
     }
 
-    /// Creates what a Pending lease plans. On failure the GPU concerned and the reason; undoing is the caller's.
-    fn cut(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), (String, Failure)> {
-        for at in 0..lease.slices.len() {
-            let gpu = lease.slices[at].gpu.clone();
-            self.cut_one(lock, lease, at, others).map_err(|failure| (gpu, failure))?;
+    /// Destroys what has to go and cuts what is planned, without the lock: others plan and cut meanwhile. On failure the GPU
+    /// that is to blame, if one is, and the reason.
+    fn make(
+        &self,
+        lock: Lock,
+        claim: &Claim,
+        lease: &mut Lease,
+        evicted: Vec<Begun>,
+    ) -> Result<(Lock, Result<(), (Option<String>, Failure)>), Failure> {
+        let (lock, evicted) = self.free_apart(lock, evicted)?;
+        if let Some(left) = evicted.iter().find(|action| action.result != "freed") {
+            let why = format!("an idle slice does not make room: {}", left.reason);
+            return Ok((lock, Err((None, Failure::NoRoom(why)))));
         }
-        Ok(())
+        drop(lock);
+        let cut = self.cut(claim, lease).map_err(|(gpu, failure)| (Some(gpu), failure));
+        Ok((self.store.lock(RELOCK_WAIT)?, cut))
     }
 
-    fn cut_one(&self, lock: &Lock, lease: &mut Lease, at: usize, others: &[Lease]) -> Result<(), Failure> {
-        let (gpu, minor) = (lease.slices[at].gpu.clone(), lease.slices[at].gpu_minor);
-        if lease.slices[at].step != Step::Whole {
-            let there = lease.slices[..=at].iter().filter(|s| s.shares(&lease.slices[at])).find_map(|s| s.gi);
-            let gi = match there {
-                Some(gi) => gi,
-                None => self.cut_instance(lock, lease, at)?,
-            };
-            lease.slices[at].gi = Some(gi);
-            lease.slices[at].step = Step::CreatingCompute;
-            self.store.put(lock, &lease.token, lease)?;
-            let compute = self.gpu.create_compute(&gpu, gi, lease.slices[at].compute_slices)?;
-            lease.slices[at].ci = Some(compute.id);
-            lease.slices[at].uuid = Some(compute.uuid);
-            lease.slices[at].step = Step::Whole;
-        }
-        let slice = &mut lease.slices[at];
-        if let (Some(gi), Some(ci)) = (slice.gi, slice.ci) {
-            slice.gi_minor = Some(self.host.instance_minor(minor, gi)?);
-            slice.ci_minor = Some(self.host.compute_minor(minor, gi, ci)?);
-        }
-        // A kept slice has the same minors as the lease of whoever gets it.
-        let others = others.iter().filter(|other| slice.ours || other.state != State::Static);
-        let taken: BTreeSet<u32> = others.flat_map(Lease::minors).collect();
-        match [slice.gi_minor, slice.ci_minor].into_iter().flatten().find(|m| taken.contains(m)) {
-            Some(m) => Err(Failure::NoRoom(format!("capability minor {m} still belongs to another lease"))),
-            None => Ok(()),
-        }
-    }
-
-    fn cut_instance(&self, lock: &Lock, lease: &mut Lease, at: usize) -> Result<u32, Failure> {
-        lease.slices[at].step = Step::CreatingInstance;
+    /// Writes a new lease down, and claims it.
+    fn claim_new(&self, lock: &Lock, lease: &Lease) -> Result<Claim, Failure> {
         self.store.put(lock, &lease.token, lease)?;
-        let slice = &lease.slices[at];
-        let created = self.gpu.create_instance(&slice.gpu, slice.profile, slice.placement);
-        if let Err(GpuError::NoRoom { .. } | GpuError::InUse { .. } | GpuError::NoPermission { .. }) = created {
-            lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
-        }
-        Ok(created?.id)
+        let stale = || Failure::Stale(format!("another process is at work on lease {}", lease.token));
+        self.store.claim(lock, &lease.token)?.ok_or_else(stale)
     }
 
     fn new_lease(&self, holder: &Holder, slices: Vec<Slice>) -> Result<Lease, Failure> {
@@ -414,24 +386,34 @@ impl<'a> Engine<'a> {
             )));
         }
         self.store.announce(token);
+        let outcome = self.release_announced(token, why);
+        if !matches!(outcome, Ok(Released::Done)) {
+            self.store.ring();
+        }
+        match outcome {
+            Err(Failure::Store(StoreError::Busy { .. })) => Ok(Released::Announced),
+            outcome => outcome,
+        }
+    }
+
+    fn release_announced(&self, token: &str, why: &str) -> Result<Released, Failure> {
         let mut pauses = RELEASE_PAUSES.iter();
         loop {
-            let lock = match self.store.lock(RELEASE_LOCK_WAIT) {
-                Err(StoreError::Busy { .. }) => {
-                    self.store.ring();
-                    return Ok(Released::Announced);
-                }
-                lock => lock?,
-            };
+            let lock = self.store.enter(RELEASE_LOCK_WAIT)?;
             let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Done) };
-            let action = self.free(&lock, lease, why);
+            if self.store.is_claimed(token) {
+                drop(lock);
+                self.store.wait_for_claim(token, RELEASE_LOCK_WAIT)?;
+                continue;
+            }
+            let begun = self.begin_to_free(&lock, lease, why);
+            let (lock, actions) = self.free_apart(lock, vec![begun])?;
             drop(lock);
-            match (action.result, pauses.next()) {
-                ("freed", _) => return Ok(Released::Done),
-                ("busy", Some(pause)) => std::thread::sleep(*pause),
-                _ => {
-                    self.store.ring();
-                    return Ok(Released::Busy { reason: action.reason });
+            match (actions.into_iter().next(), pauses.next()) {
+                (Some(action), _) if action.result == "freed" => return Ok(Released::Done),
+                (Some(action), Some(pause)) if action.result == "busy" => std::thread::sleep(*pause),
+                (action, _) => {
+                    return Ok(Released::Busy { reason: action.map(|action| action.reason).unwrap_or_default() });
                 }
             }
         }
@@ -443,9 +425,7 @@ impl<'a> Engine<'a> {
         let mut pause = Duration::from_millis(50);
         let mut freed: Vec<Action> = Vec::new();
         loop {
-            let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-            self.store.begin_boot(&lock, &host::boot_id()?)?;
-            let mut actions = self.reap(&lock)?;
+            let (lock, mut actions) = self.enter_and_reap()?;
             actions.extend(self.look_afresh(&lock));
             self.forget_refusals(&lock)?;
             self.living_tickets(&lock)?;
@@ -461,22 +441,30 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// One look at every lease, one try for each that is to go. An unreadable one stops us before anything is touched.
-    fn reap(&self, lock: &Lock) -> Result<Vec<Action>, Failure> {
-        let mut actions = Vec::new();
+    /// The lock, with the records of this boot and of those that live.
+    fn enter_and_reap(&self) -> Result<(Lock, Vec<Action>), Failure> {
+        let lock = self.store.enter(ACQUIRE_LOCK_WAIT)?;
+        self.store.begin_boot(&lock, &host::boot_id()?)?;
+        self.reap(lock)
+    }
+
+    /// One look at every lease, one try for each that is to go, without the lock. An unreadable one stops us before anything
+    /// is touched.
+    fn reap(&self, lock: Lock) -> Result<(Lock, Vec<Action>), Failure> {
+        let mut begun = Vec::new();
         for lease in self.leases()? {
             let (lease, news, verdict) = self.examine(lease);
             if news {
-                self.store.put(lock, &lease.token, &lease)?;
+                self.store.put(&lock, &lease.token, &lease)?;
             }
-            let action = match verdict {
-                Verdict::Keep(reason) => action(&lease, "kept", reason),
-                Verdict::Free(reason) => self.free(lock, lease, reason),
-                Verdict::Orphan => self.orphan(lock, lease)?,
-            };
-            actions.push(action);
+            begun.push(match verdict {
+                Verdict::Keep(reason) => Begun::Done(action(&lease, "kept", reason)),
+                Verdict::UnderWay(reason) => Begun::Done(action(&lease, "busy", reason)),
+                Verdict::Free(reason) => self.begin_to_free(&lock, lease, reason),
+                Verdict::Orphan => self.orphan(&lock, lease)?,
+            });
         }
-        Ok(actions)
+        self.free_apart(lock, begun)
     }
 
     /// A lease with what the world shows of its holder now, whether that is news, and what is to become of it.
@@ -546,6 +534,7 @@ impl<'a> Engine<'a> {
             held: unsure && self.held(lease),
             bundle_exists: holder.bundle.as_deref().is_none_or(Path::exists),
             age_ms: host::boot_ms().saturating_sub(lease.created_boot_ms),
+            claimed: matches!(lease.state, State::Pending | State::Releasing) && self.store.is_claimed(&lease.token),
             idle_is_over: lease.idle_until_boot_ms.is_some_and(|until| host::boot_ms() >= until),
         }
     }
@@ -560,17 +549,18 @@ impl<'a> Engine<'a> {
 
     /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The
     /// runtime must agree, and the bundle must be missing twice, a minute apart.
-    fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Action, Failure> {
+    fn orphan(&self, lock: &Lock, mut lease: Lease) -> Result<Begun, Failure> {
         let now = host::boot_ms();
         let since = *lease.holder.bundle_missing_boot_ms.get_or_insert(now);
         self.store.put(lock, &lease.token, &lease)?;
-        match self.abandoned(&lease, since) {
-            Err(why) => Ok(action(&lease, "kept", why)),
+        let kept = |why| Begun::Done(action(&lease, "kept", why));
+        Ok(match self.abandoned(&lease, since) {
+            Err(why) => kept(why),
             Ok((program, id)) if runtime::delete_force(program, lease.holder.runtime_root.as_deref(), id) => {
-                Ok(self.free(lock, lease, "it was created and abandoned by its engine"))
+                self.begin_to_free(lock, lease, "it was created and abandoned by its engine")
             }
-            Ok(_) => Ok(action(&lease, "kept", "its container is abandoned, but its runtime does not delete it")),
-        }
+            Ok(_) => kept("its container is abandoned, but its runtime does not delete it"),
+        })
     }
 
     /// The runtime and the id of a container whose bundle is missing `since` then, if it may be deleted; else why not.
@@ -588,170 +578,6 @@ impl<'a> Engine<'a> {
             Some("created") => Ok((program, id)),
             _ => Err("its container is alive, though its bundle is gone"),
         }
-    }
-
-    /// Destroys a lease's slices, one try, and forgets it when nothing is left. What is in the way stays recorded.
-    fn free(&self, lock: &Lock, mut lease: Lease, why: &str) -> Action {
-        if self.may_stay_idle(&lease) {
-            let kept = self.keep_idle(lock, &lease, why).map(|()| action(&lease, "freed", why));
-            return kept.unwrap_or_else(|failure| action(&lease, "failed", &format!("{why}; {failure}")));
-        }
-        let before = lease.state;
-        let recovering = matches!(before, State::Pending | State::Quarantined);
-        lease.state = State::Releasing;
-        lease.reason = Some(why.to_owned());
-        lease.ended_ms.get_or_insert_with(host::wall_ms);
-        // Whatever became of its slices, nobody else gets their minors while a process has them.
-        let quarantined = before == State::Quarantined && self.held(&lease);
-        let held = || Obstacle::Held(format!("a process of {} still lives or has it open", lease.held_by()));
-        let stop = quarantined.then(held);
-        let mut result = match stop {
-            Some(held) => Ok(Some(held)),
-            None => self.store.put(lock, &lease.token, &lease).map_err(Failure::from).map(|()| None),
-        };
-        for at in 0..lease.slices.len() {
-            if let Ok(None) = result {
-                result = self.destroy(lock, &mut lease, at, recovering);
-            }
-        }
-        let done = match result {
-            Ok(None) => self.forget(lock, &lease).map(|()| action(&lease, "freed", why)),
-            Ok(Some(Obstacle::Busy(what))) => Ok(action(&lease, "busy", &format!("{why}; {what}"))),
-            Ok(Some(Obstacle::Held(what))) => {
-                lease.state = State::Quarantined;
-                lease.reason = Some(what.clone());
-                self.store
-                    .put(lock, &lease.token, &lease)
-                    .map_err(Failure::from)
-                    .map(|()| action(&lease, "quarantined", &what))
-            }
-            Err(failure) => Err(failure),
-        };
-        let action = done.unwrap_or_else(|failure| action(&lease, "failed", &format!("{why}; {failure}")));
-        tracing::debug!(token = %action.token, result = action.result, reason = %action.reason, "freeing a lease");
-        action
-    }
-
-    /// Destroys one slice if it is there and ours. `recovering`: a killed process left it, so that how far it got is only
-    /// known as "at least to the step before": then nothing may hold it.
-    fn destroy(
-        &self,
-        lock: &Lock,
-        lease: &mut Lease,
-        at: usize,
-        recovering: bool,
-    ) -> Result<Option<Obstacle>, Failure> {
-        let slice = lease.slices[at].clone();
-        let instance = match self.to_destroy(lease, at, recovering)? {
-            ToDestroy::Nothing => return Ok(None),
-            ToDestroy::Not(obstacle) => return Ok(Some(obstacle)),
-            ToDestroy::Instance(instance) => instance,
-        };
-        lease.slices[at].gi = Some(instance.id);
-        for compute in &instance.compute {
-            // Known for ours from here on, also to the run after a kill or a refusal.
-            lease.slices[at].ci = Some(compute.id);
-            lease.slices[at].uuid = Some(compute.uuid.clone());
-            lease.slices[at].step = Step::DestroyingCompute;
-            self.store.put(lock, &lease.token, lease)?;
-            if let Some(busy) = obstacle(self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {
-                return Ok(Some(busy));
-            }
-        }
-        lease.slices[at].step = Step::DestroyingInstance;
-        self.store.put(lock, &lease.token, lease)?;
-        if let Some(busy) = obstacle(self.gpu.destroy_instance(&slice.gpu, instance.id))? {
-            return Ok(Some(busy));
-        }
-        for other in lease.slices.iter_mut().filter(|other| other.shares(&slice)) {
-            other.step = Step::Gone;
-        }
-        Ok(None)
-    }
-
-    /// What there is to destroy of one slice, before anything is touched.
-    fn to_destroy(&self, lease: &Lease, at: usize, recovering: bool) -> Result<ToDestroy, Failure> {
-        let slice = &lease.slices[at];
-        if matches!(slice.step, Step::Planned | Step::Gone) {
-            return Ok(ToDestroy::Nothing);
-        }
-        if !slice.ours || lease.holder.way.is_bare() {
-            // The next one must find nobody in it. Of a container the runtime has seen to that.
-            let who = lease.held_by();
-            let busy = || ToDestroy::Not(Obstacle::Busy(format!("a process of {who} still lives or has it open")));
-            if self.held(lease) {
-                return Ok(busy());
-            }
-            if !slice.ours {
-                return Ok(ToDestroy::Nothing);
-            }
-        }
-        let Some(instance) = self.still_ours(lease, at)? else { return Ok(ToDestroy::Nothing) };
-        if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
-            && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
-        {
-            let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
-            return Ok(ToDestroy::Not(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
-        }
-        Ok(ToDestroy::Instance(instance))
-    }
-
-    /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
-    fn still_ours(&self, lease: &Lease, at: usize) -> Result<Option<Instance>, Failure> {
-        let slice = &lease.slices[at];
-        let same = |i: &Instance| {
-            i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id)
-        };
-        let Some(instance) = self.gpu.instances(&slice.gpu)?.into_iter().find(same) else { return Ok(None) };
-        let here = || lease.slices.iter().filter(|other| other.shares(slice));
-        let known = |c: &ComputeInstance| here().any(|s| s.uuid.as_ref() == Some(&c.uuid));
-        let unknown = instance.compute.iter().filter(|c| !known(c)).count();
-        let strangers = match slice.step {
-            // We had not come to the compute instance, or had destroyed it: one that is there is a rival's.
-            Step::CreatingInstance | Step::DestroyingInstance => !instance.compute.is_empty(),
-            // One compute instance may have been made and not been recorded.
-            _ => unknown > usize::from(here().any(|s| s.step == Step::CreatingCompute)),
-        };
-        if strangers {
-            tracing::warn!(gpu = %slice.gpu, placement = %slice.placement, "the GPU instance here is another's now; it stays");
-        }
-        Ok((!strangers).then_some(instance))
-    }
-
-    /// A process that the driver lists in an instance, or that has one of its capabilities open.
-    fn user_in(&self, gpu: &str, gpu_minor: u32, instance: &Instance) -> Result<Option<u32>, Failure> {
-        let listed = self.gpu.processes(gpu)?.into_iter().find(|p| p.instance == Some(instance.id));
-        if let Some(process) = listed {
-            return Ok(Some(process.pid));
-        }
-        // A capability without its /proc file is one that nobody can open.
-        let of_compute = |c: &ComputeInstance| self.host.compute_minor(gpu_minor, instance.id, c.id);
-        let mut minors: BTreeSet<u32> = instance.compute.iter().flat_map(of_compute).collect();
-        minors.extend(self.host.instance_minor(gpu_minor, instance.id));
-        Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
-    }
-
-    fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
-        if lease.reserved_for.is_some() {
-            self.open_nodes_or_warn(lease);
-        }
-        if let Some(key) = &lease.holder.job {
-            // A later job of the same number has its own.
-            let of_another = |other: &Lease| other.token != lease.token && other.holder.job.as_ref() == Some(key);
-            if !self.leases()?.iter().any(of_another) {
-                self.store.unpublish(lock, key)?;
-            }
-        }
-        if let Some(path) = lease.holder.cgroup.as_deref().filter(|_| lease.holder.way == Way::Run) {
-            match container::remove(path) {
-                Ok(true) => {}
-                Ok(false) => tracing::warn!("the cgroup {path} is left behind: a process is in it"),
-                Err(error) => tracing::warn!("a cgroup is left behind: {error}"),
-            }
-        }
-        self.store.remove(lock, &lease.token, index_of(&lease.holder).as_deref())?;
-        audit_release(lease);
-        Ok(())
     }
 
     fn index(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {
@@ -842,15 +668,6 @@ fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {
         result,
         reason: reason.to_owned(),
         ended_ms: lease.ended_ms,
-    }
-}
-
-/// Not found is done; in use is for later; anything else is an error.
-fn obstacle(result: Result<(), GpuError>) -> Result<Option<Obstacle>, Failure> {
-    match result {
-        Ok(()) | Err(GpuError::NotFound { .. }) => Ok(None),
-        Err(busy @ GpuError::InUse { .. }) => Ok(Some(Obstacle::Busy(busy.to_string()))),
-        Err(other) => Err(other.into()),
     }
 }
 

@@ -61,7 +61,7 @@ pub struct Lease {
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// Written before the GPU is touched. Under the lock, one that is seen is a dead process's.
+    /// Written before the GPU is touched. One that nobody has claimed is a dead process's.
     Pending,
     /// Every slice is whole.
     Active,
@@ -402,6 +402,8 @@ pub struct Facts {
     pub bundle_exists: bool,
     /// Milliseconds since the lease was made.
     pub age_ms: u64,
+    /// A process is at work on it: cutting or destroying what it has.
+    pub claimed: bool,
     /// Whether the time is over for which it was to be kept idle.
     pub idle_is_over: bool,
 }
@@ -411,15 +413,19 @@ pub struct Facts {
 pub enum Verdict {
     /// Leave it.
     Keep(&'static str),
+    /// Leave it: somebody is about to free it.
+    UnderWay(&'static str),
     /// Free its slices.
     Free(&'static str),
     /// Its container was created, never started, and can't be any more: delete it if the runtime agrees, then free.
     Orphan,
 }
 
-/// Decides by the table of docs/architecture.md. Call only under the lock: that is what makes a Pending one an orphan.
+/// Decides by the table of docs/architecture.md.
 pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
     match lease.state {
+        State::Pending if facts.claimed => return Verdict::Keep("it is being cut"),
+        State::Releasing if facts.claimed => return Verdict::UnderWay("it is being destroyed"),
         State::Pending => return Verdict::Free("the process that was cutting it died"),
         State::Releasing => return Verdict::Free("its holder has ended"),
         State::Quarantined if facts.held || facts.init == Init::Alive => {
@@ -550,6 +556,7 @@ pub(crate) mod tests {
             held,
             bundle_exists,
             age_ms,
+            claimed: false,
             idle_is_over: age_ms > 60_000,
         };
         let cases = [
@@ -581,11 +588,31 @@ pub(crate) mod tests {
         for (state, way, announced, owner, init, held, bundle, age, expected) in cases {
             let verdict = verdict(&lease(state, way), facts(announced, owner, init, held, bundle, age));
             let letter = match verdict {
-                Verdict::Keep(_) => 'K',
+                Verdict::Keep(_) | Verdict::UnderWay(_) => 'K',
                 Verdict::Free(_) => 'F',
                 Verdict::Orphan => 'O',
             };
             assert_eq!(letter, expected, "{state:?} {way:?} owner {owner} {init:?} bundle {bundle}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn what_somebody_works_on_is_left_to_him() {
+        let facts = Facts {
+            announced: true,
+            owner_alive: false,
+            init: Init::Dead,
+            held: false,
+            bundle_exists: false,
+            age_ms: u64::MAX,
+            claimed: true,
+            idle_is_over: false,
+        };
+        let verdict = |state, facts| verdict(&lease(state, Way::Precreate), facts);
+        assert!(matches!(verdict(State::Pending, facts), Verdict::Keep(_)));
+        assert!(matches!(verdict(State::Releasing, facts), Verdict::UnderWay(_)));
+        for state in [State::Pending, State::Releasing] {
+            assert!(matches!(verdict(state, Facts { claimed: false, ..facts }), Verdict::Free(_)));
         }
     }
 
@@ -618,7 +645,8 @@ pub(crate) mod tests {
             (none, State::Active, false, false, Unknown, false, late, 'K'),
         ];
         for (holder, state, announced, owner_alive, init, held, age_ms, expected) in cases {
-            let facts = Facts { announced, owner_alive, init, held, bundle_exists: true, age_ms, idle_is_over: false };
+            let (bundle_exists, claimed, idle_is_over) = (true, false, false);
+            let facts = Facts { announced, owner_alive, init, held, bundle_exists, age_ms, claimed, idle_is_over };
             let lease = Lease { holder, ..lease(state, Way::Job) };
             let letter = if matches!(verdict(&lease, facts), Verdict::Keep(_)) { 'K' } else { 'F' };
             assert_eq!(letter, expected, "{:?} {state:?} owner {owner_alive} {init:?} held {held}", lease.holder);

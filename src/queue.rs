@@ -52,6 +52,9 @@ pub struct Ticket {
     /// Milliseconds since boot when it was found that it may start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub turn_boot_ms: Option<u64>,
+    /// What it was given is being cut: it is in line again only if that fails.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub served: bool,
 }
 
 impl Ticket {
@@ -251,6 +254,7 @@ mod tests {
             overtaken: 0,
             limit: 8,
             turn_boot_ms: None,
+            served: false,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Records under a lock: one JSON file a holder, written by temporary file and rename. Layout in docs/state.md.
 //!
-//! Knows names and JSON, not what a lease is. Every write takes a [`Lock`], so an unlocked one does not compile.
+//! Knows names and JSON, not what a lease is. Every write takes a [`Lock`], or the [`Claim`] on that very record, so one without
+//! does not compile.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -13,10 +14,15 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod claim;
 mod line;
 mod public;
 
+pub use claim::Claim;
 pub use line::{Bell, Rung};
+
+/// What a boot's state consists of, beside single files.
+const DIRECTORIES: [&str; 6] = ["leases", "index", "intents", "queue", "holders", "claims"];
 
 /// The state directory.
 #[derive(Debug, Clone)]
@@ -28,6 +34,8 @@ pub struct Store {
 #[derive(Debug)]
 pub struct Lock {
     _file: Flock<File>,
+    /// Of [`Store::lock_alone`]: nobody begins anything.
+    _alone: Option<Flock<File>>,
 }
 
 /// Why the store can't be used.
@@ -96,7 +104,7 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 impl Store {
     /// Opens the directory, making it (0700) where it is missing.
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
-        for sub in ["", "leases", "index", "intents", "queue", "holders"] {
+        for sub in std::iter::once("").chain(DIRECTORIES) {
             let path = dir.join(sub);
             match DirBuilder::new().recursive(sub.is_empty()).mode(0o700).create(&path) {
                 Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(io_error("create", &path)(e)),
@@ -155,31 +163,7 @@ impl Store {
 
     /// Takes the lock, waiting at most `wait`.
     pub fn lock(&self, wait: Duration) -> Result<Lock, StoreError> {
-        let path = self.dir.join("lock");
-        // Created once and never replaced: a renamed lock file would give each caller an inode of its own.
-        let open = || {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(&path).map_err(io_error("open", &path))
-        };
-        match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => return Ok(Lock { _file: file }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
-            Err((_, errno)) => return Err(io_error("lock", &path)(errno.into())),
-        }
-        // flock(2) has no timeout, and an alarm never fires under crun, which blocks every signal: so a thread waits. When
-        // we give up, it is left behind and ends with the process; should it get the lock after all, the send fails and
-        // the lock is dropped with the message.
-        let file = open()?;
-        let (sender, receiver) = mpsc::sync_channel(0);
-        std::thread::spawn(move || sender.send(Flock::lock(file, FlockArg::LockExclusive)));
-        match receiver.recv_timeout(wait) {
-            Ok(Ok(file)) => Ok(Lock { _file: file }),
-            Ok(Err((_, errno))) => Err(io_error("lock", &path)(errno.into())),
-            Err(_) => {
-                Err(StoreError::Busy { holder: holder_of(&path), path: path.display().to_string(), waited: wait })
-            }
-        }
+        Ok(Lock { _file: flock(&self.dir.join("lock"), false, wait)?, _alone: None })
     }
 
     /// Forgets everything if the boot is another one: slices do not outlive a boot, and /run is not a tmpfs everywhere.
@@ -188,7 +172,7 @@ impl Store {
             Some(kept) if kept == boot_id => return Ok(()),
             None => {}
             Some(_) => {
-                for sub in ["leases", "index", "intents", "queue", "holders"] {
+                for sub in DIRECTORIES {
                     let dir = self.dir.join(sub);
                     for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
                         fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
@@ -240,6 +224,8 @@ impl Store {
         self.unlink(lock, &self.intent(token, "ready"))?;
         self.unlink(lock, &self.intent(token, "released"))?;
         self.unlink(lock, &self.holder(token))?;
+        self.unlink(lock, &self.claimed(token))?;
+        self.unlink(lock, &self.half_written(token))?;
         self.unlink(lock, &self.lease(token))?;
         self.ring();
         Ok(())
@@ -321,14 +307,7 @@ impl Store {
 
     fn write(&self, _lock: &Lock, path: &Path, text: &[u8]) -> Result<(), StoreError> {
         // One name is enough: writers hold the lock. What a killed one left is overwritten.
-        let temporary = self.dir.join(".write.tmp");
-        let write = || -> io::Result<()> {
-            let mut options = OpenOptions::new();
-            options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-            options.open(&temporary)?.write_all(text)?;
-            fs::rename(&temporary, path)
-        };
-        write().map_err(io_error("write", path))
+        replace(path, &self.dir.join(".write.tmp"), text)
     }
 
     fn unlink(&self, _lock: &Lock, path: &Path) -> Result<(), StoreError> {
@@ -341,9 +320,53 @@ impl Store {
 
 /// Writes a record, replacing what is there in one step.
 fn put_json<T: Serialize>(store: &Store, lock: &Lock, path: &Path, record: &T) -> Result<(), StoreError> {
+    store.write(lock, path, &json_line(path, record)?)
+}
+
+fn json_line<T: Serialize>(path: &Path, record: &T) -> Result<Vec<u8>, StoreError> {
     let mut text = serde_json::to_vec(record).map_err(|e| io_error("write", path)(e.into()))?;
     text.push(b'\n');
-    store.write(lock, path, &text)
+    Ok(text)
+}
+
+fn replace(path: &Path, temporary: &Path, text: &[u8]) -> Result<(), StoreError> {
+    let write = || -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        options.open(temporary)?.write_all(text)?;
+        fs::rename(temporary, path)
+    };
+    write().map_err(io_error("write", path))
+}
+
+/// Has that file locked, for us alone or `shared`, waiting at most `wait`. It is made once and never replaced: a renamed one
+/// would give each caller an inode of its own.
+fn flock(path: &Path, shared: bool, wait: Duration) -> Result<Flock<File>, StoreError> {
+    let open = || {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(path).map_err(io_error("open", path))
+    };
+    let (at_once, at_last) = match shared {
+        true => (FlockArg::LockSharedNonblock, FlockArg::LockShared),
+        false => (FlockArg::LockExclusiveNonblock, FlockArg::LockExclusive),
+    };
+    match Flock::lock(open()?, at_once) {
+        Ok(file) => return Ok(file),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
+        Err((_, errno)) => return Err(io_error("lock", path)(errno.into())),
+    }
+    // flock(2) has no timeout, and an alarm never fires under crun, which blocks every signal: so a thread waits. When
+    // we give up, it is left behind and ends with the process; should it get the lock after all, the send fails and
+    // the lock is dropped with the message.
+    let file = open()?;
+    let (sender, receiver) = mpsc::sync_channel(0);
+    std::thread::spawn(move || sender.send(Flock::lock(file, at_last)));
+    match receiver.recv_timeout(wait) {
+        Ok(Ok(file)) => Ok(file),
+        Ok(Err((_, errno))) => Err(io_error("lock", path)(errno.into())),
+        Err(_) => Err(StoreError::Busy { holder: holder_of(path), path: path.display().to_string(), waited: wait }),
+    }
 }
 
 /// A record; `None` where there is none. One of an unknown version is an error.

@@ -544,8 +544,8 @@ fn has_strace(what: &str) -> bool {
     works
 }
 
-/// `mig-hook` killed at every rename and removal of anybody, and at every call on the store's temporary file. `act` gets the
-/// words that start it under strace.
+/// `mig-hook` killed at every rename, removal and write, and when it opens the store's temporary file. `act` gets the words that
+/// start it under strace.
 fn at_every_file_step<T>(
     stage: &Stage,
     least: usize,
@@ -554,8 +554,8 @@ fn at_every_file_step<T>(
     check: impl Fn(&T, &str),
 ) {
     let temporary = stage.world.path("state/.write.tmp");
-    let on_temporary = ["openat", "write"].map(|call| (call, Some(temporary.as_path())));
-    let steps = [&[("rename", None), ("unlink", None)], &on_temporary[..]].concat();
+    let everywhere = ["rename", "unlink", "write"].map(|call| (call, None));
+    let steps = [&everywhere[..], &[("openat", Some(temporary.as_path()))]].concat();
     at_every_step(stage, "mig-hook", &steps, least, prepare, act, check);
 }
 

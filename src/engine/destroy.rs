@@ -10,8 +10,9 @@ use crate::lease::{Lease, State, Step, Way};
 use crate::store::Lock;
 
 use super::cordon::stop_command;
+use super::freeing::{Obstacle, obstacle};
 use super::keep::{find, name_of, slices_of};
-use super::{Engine, Failure, Obstacle, RELEASE_PAUSES, audit, audited, init_of, new_holder, obstacle};
+use super::{Engine, Failure, RELEASE_PAUSES, audit, audited, init_of, new_holder};
 
 /// Why a record of what is destroyed on purpose is Releasing.
 const WHY: &str = "destroyed by migctl";

@@ -6,7 +6,7 @@ use crate::host;
 use crate::lease::{Holder, Lease, Slice, State, Step};
 use crate::store::Lock;
 
-use super::{Engine, Failure};
+use super::{Begun, Engine, Failure};
 
 impl Engine<'_> {
     /// Whether what that holder has had may wait for the next one: whole, cut by us, on a GPU that takes new holders, and
@@ -56,32 +56,21 @@ impl Engine<'_> {
 
     /// The records of idle slices that a new lease has: it is theirs now. Until it is Active a kill leaves both, and the next
     /// one destroys the slice.
-    pub(super) fn take_over_idle(&self, lock: &Lock, leases: &mut Vec<Lease>, lease: &Lease) -> Result<(), Failure> {
-        let taken = |idle: &mut Lease| {
+    pub(super) fn take_over_idle(&self, lock: &Lock, leases: Vec<Lease>, lease: &Lease) -> Result<(), Failure> {
+        let taken = |idle: &&Lease| {
             idle.state == State::Idle
                 && idle.slices.iter().any(|slice| lease.slices.iter().any(|own| own.shares(slice)))
         };
-        for idle in leases.extract_if(.., taken).collect::<Vec<_>>() {
+        for idle in leases.iter().filter(taken) {
             self.store.remove(lock, &idle.token, None)?;
         }
         Ok(())
     }
 
-    /// Destroys these idle ones. The inner error: one of them could not be.
-    pub(super) fn evict(
-        &self,
-        lock: &Lock,
-        leases: &mut Vec<Lease>,
-        tokens: &[String],
-    ) -> Result<Result<(), Failure>, Failure> {
-        for idle in leases.extract_if(.., |lease| tokens.contains(&lease.token)).collect::<Vec<_>>() {
-            let action = self.free(lock, idle, "its room is needed");
-            if action.result != "freed" {
-                *leases = self.leases()?;
-                return Ok(Err(Failure::NoRoom(format!("an idle slice does not make room: {}", action.reason))));
-            }
-        }
-        Ok(Ok(()))
+    /// Records that these idle ones go.
+    pub(super) fn begin_to_evict(&self, lock: &Lock, leases: &mut Vec<Lease>, tokens: &[String]) -> Vec<Begun> {
+        let evicted = leases.extract_if(.., |lease| tokens.contains(&lease.token));
+        evicted.map(|idle| self.begin_to_free(lock, idle, "its room is needed")).collect()
     }
 }
 

@@ -5,7 +5,6 @@ use serde_json::json;
 
 use crate::cut::Cut;
 use crate::gpu::{Device, GpuError, Instance};
-use crate::host;
 use crate::lease::{Lease, Slice, State, Step, Way};
 use crate::profile;
 use crate::request::{GpuSelector, Want};
@@ -36,12 +35,11 @@ impl Engine<'_> {
         self.planned(cuts, &devices, &leases)
     }
 
-    /// The lock, with the records of this boot, of those that live: an administrator finds nothing in the way that is there
-    /// for nobody.
+    /// The lock, with nothing under way and the records of this boot, of those that live: an administrator finds nothing in
+    /// the way that is there for nobody.
     pub(super) fn lock_for_change(&self) -> Result<Lock, Failure> {
-        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
-        self.reap(&lock)?;
+        drop(self.enter_and_reap()?);
+        let lock = self.store.lock_alone(ACQUIRE_LOCK_WAIT)?;
         for lease in self.leases()?.into_iter().filter(|lease| lease.state == State::Idle) {
             self.free(&lock, lease, "migctl is about to change something");
         }
@@ -114,11 +112,11 @@ impl Engine<'_> {
 
     /// Writes down what is to be cut, and cuts it.
     pub(super) fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
-        self.store.put(lock, &lease.token, lease)?;
-        match self.cut(lock, lease, others) {
+        let claim = self.claim_new(lock, lease)?;
+        match self.cut(&claim, lease) {
             Err((_, Failure::Gpu(GpuError::NotOffered(why)))) => return Err(Failure::BadRequest(why)),
             Err((_, failure)) => return Err(failure),
-            Ok(()) => {}
+            Ok(()) => self.check_minors(lease, others)?,
         }
         if lease.reserved_for.is_some() {
             self.store.put(lock, &lease.token, lease)?; // the minors of its nodes

@@ -364,8 +364,8 @@ impl Engine<'_> {
         match (was.compute.is_empty(), &now) {
             (true, Some(_)) => {}
             (true, None) => {
-                self.store.put(lock, &lease.token, &lease)?;
-                self.cut_instance(lock, &mut lease, 0)?;
+                let claim = self.claim_new(lock, &lease)?;
+                self.cut_instance(&claim, &mut lease, 0)?;
             }
             (false, _) => self.cut_to_keep(lock, &mut lease, &others)?,
         }

@@ -15,8 +15,9 @@ use crate::profile;
 use crate::request::{Request, Want, format_wants};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
+use super::freeing::ToDestroy;
 use super::keep::take_vanished;
-use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, ToDestroy, idle};
+use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
 
 /// Most sets of holders whose end would make room.
 const MAX_SETS: usize = 8;
@@ -273,7 +274,6 @@ impl Engine<'_> {
         if let Err(refusal) = self.check_limits(request) {
             return Ok(plan.refused(request, vec![refusal]));
         }
-        // Under the lock: a lease that is Pending is a dead process's then.
         let lock = self.store.lock_existing(ACQUIRE_LOCK_WAIT)?;
         let leases = if self.is_outlived()? { Vec::new() } else { self.leases()? };
         let devices = match self.managed_devices() {
@@ -380,7 +380,7 @@ impl Engine<'_> {
         for lease in std::mem::take(&mut scene.leases) {
             let (lease, _, verdict) = self.examine(lease);
             let reason = match verdict {
-                Verdict::Keep(_) => None,
+                Verdict::Keep(_) | Verdict::UnderWay(_) => None,
                 Verdict::Free(reason) => Some(reason),
                 Verdict::Orphan => {
                     let since = lease.holder.bundle_missing_boot_ms.unwrap_or_else(host::boot_ms);

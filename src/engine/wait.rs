@@ -44,6 +44,13 @@ pub(super) struct Look {
     pub begun_boot_ms: u64,
 }
 
+impl Look {
+    /// By one who has just got the lock.
+    pub(super) fn now(ticket: Option<u64>) -> Look {
+        Look { ticket, begun_boot_ms: host::boot_ms() }
+    }
+}
+
 /// The line as it was found.
 struct Survey {
     waiters: Vec<Waiter>,
@@ -75,11 +82,11 @@ struct Place {
     asker: Option<File>,
 }
 
-/// The living waiters of a store, first come first.
+/// The living waiters of a store, first come first; less those for whom something is being cut.
 pub fn tickets_in(store: &Store) -> Result<Vec<Ticket>, Failure> {
     let mut tickets = Vec::new();
     for number in store.tickets()?.into_iter().filter(|number| store.bell_of(*number).is_some()) {
-        tickets.extend(store.ticket::<Ticket>(number, queue::VERSION)?);
+        tickets.extend(store.ticket::<Ticket>(number, queue::VERSION)?.filter(|ticket| !ticket.served));
     }
     Ok(tickets)
 }
@@ -95,17 +102,15 @@ impl Engine<'_> {
         let Some(limit) = self.longest_wait(request, holder.way) else {
             return self.acquire_at_once(request, holder, cancel.as_ref());
         };
-        let (lock, look) = self.lock_and_look(None)?;
-        self.store.begin_boot(&lock, &host::boot_id()?)?;
-        self.reap(&lock)?;
-        match self.acquire_locked(&lock, request, holder, look) {
-            Err(Failure::NoRoom(reason)) => {
+        let (lock, _) = self.enter_and_reap()?;
+        match self.acquire_locked(lock, request, holder, Look::now(None))? {
+            (lock, Err(Failure::NoRoom(reason))) => {
                 let place =
                     Place { asker: cancel.or_else(asker), ..self.line_up(&lock, request, holder, limit, &reason)? };
                 drop(lock);
                 self.wait(place, request, holder)
             }
-            outcome => outcome,
+            (_, outcome) => outcome,
         }
     }
 
@@ -118,11 +123,6 @@ impl Engine<'_> {
         };
         let wanted = Duration::from_secs(request.wait_s?.into());
         Some(wanted.min(bound).min(self.settings.max_wait)).filter(|wait| !wait.is_zero())
-    }
-
-    pub(super) fn lock_and_look(&self, ticket: Option<u64>) -> Result<(Lock, Look), Failure> {
-        let lock = self.store.lock(if ticket.is_some() { WAITER_LOCK_WAIT } else { ACQUIRE_LOCK_WAIT })?;
-        Ok((lock, Look { ticket, begun_boot_ms: host::boot_ms() }))
     }
 
     /// Takes the last place, under the lock under which there was no room.
@@ -155,6 +155,7 @@ impl Engine<'_> {
             overtaken: 0,
             limit: self.settings.overtakes.unwrap_or(per_node),
             turn_boot_ms: None,
+            served: false,
         };
         self.store.put_ticket(lock, number, &ticket)?;
         tracing::info!(ticket = number, place = before.len() + 1, "waits in line for {request}: {reason}");
@@ -173,11 +174,8 @@ impl Engine<'_> {
             let limit = if gone { Duration::ZERO } else { pause.min(left) };
             let rung = place.bell.wait(bell_before.as_ref(), place.asker.as_ref(), limit);
             let woken_ms = host::boot_ms();
-            let (lock, look) = self.lock_and_look(Some(number))?;
-            let Some(ticket) = self.store.ticket::<Ticket>(number, queue::VERSION)? else {
-                let why = "its place in line was taken away by migctl queue cancel";
-                return Err(Failure::Stale(why.into()));
-            };
+            let lock = self.store.enter(WAITER_LOCK_WAIT)?;
+            let ticket = self.own_ticket(number)?;
             if rung == Rung::Abandoned {
                 self.store.remove_ticket(&lock, number)?;
                 self.store.ring();
@@ -192,18 +190,17 @@ impl Engine<'_> {
             if !is_over && ticket.turn_boot_ms.is_none() && self.store.scanned() > since {
                 continue;
             }
-            let busy = self.reap(&lock)?.iter().any(|action| action.result == "busy");
-            match self.acquire_locked(&lock, request, holder, look) {
-                Err(Failure::NoRoom(_)) if !is_over => {}
-                outcome => {
-                    let line = self.living_tickets(&lock)?;
-                    self.store.remove_ticket(&lock, number)?;
-                    self.store.ring();
-                    return outcome.map_err(|failure| self.too_late(&place, request, &line, failure));
-                }
+            let (lock, actions) = self.reap(lock)?;
+            let busy = actions.iter().any(|action| action.result == "busy");
+            self.own_ticket(number)?;
+            let (lock, outcome) = self.acquire_locked(lock, request, holder, Look::now(Some(number)))?;
+            if is_over || !matches!(outcome, Err(Failure::NoRoom(_))) {
+                let line = self.living_tickets(&lock)?;
+                self.store.remove_ticket(&lock, number)?;
+                self.store.ring();
+                return outcome.map_err(|failure| self.too_late(&place, request, &line, failure));
             }
-            let had_turn =
-                self.store.ticket::<Ticket>(number, queue::VERSION)?.is_some_and(|t| t.turn_boot_ms.is_some());
+            let had_turn = self.own_ticket(number)?.turn_boot_ms.is_some();
             drop(lock);
             if had_turn {
                 std::thread::sleep(FAILED_TURN);
@@ -214,6 +211,18 @@ impl Engine<'_> {
                 false => (LOOK, BUSY_LOOK),
             };
         }
+    }
+
+    fn own_ticket(&self, number: u64) -> Result<Ticket, Failure> {
+        let taken = || Failure::Stale("its place in line was taken away by migctl queue cancel".into());
+        self.store.ticket::<Ticket>(number, queue::VERSION)?.ok_or_else(taken)
+    }
+
+    /// Takes a waiter out of the line while what it was given is being cut, or puts it back to its place.
+    pub(super) fn serve(&self, lock: &Lock, look: Look, served: bool) -> Result<(), Failure> {
+        let Some(number) = look.ticket else { return Ok(()) };
+        let ticket = Ticket { served, ..self.own_ticket(number)? };
+        Ok(self.store.put_ticket(lock, number, &ticket)?)
     }
 
     /// The refusal of one whose time is over.
@@ -232,13 +241,16 @@ impl Engine<'_> {
         Failure::NoRoom(format!("waited {waited} in line{cut} (place {at} of {of}): {reason}"))
     }
 
-    /// The living waiters; the dead are taken out.
+    /// The living waiters, less those for whom something is being cut; the dead are taken out.
     pub(super) fn living_tickets(&self, lock: &Lock) -> Result<Vec<Ticket>, Failure> {
         let mut tickets = Vec::new();
         for number in self.store.tickets()? {
             // The record of a dead one is not read: another version of mig-hook may have written it.
             match self.store.bell_of(number) {
-                Some(_) => tickets.extend(self.store.ticket::<Ticket>(number, queue::VERSION)?),
+                Some(_) => {
+                    let ticket = self.store.ticket::<Ticket>(number, queue::VERSION)?;
+                    tickets.extend(ticket.filter(|ticket| !ticket.served));
+                }
                 None => self.store.remove_ticket(lock, number)?,
             }
         }
@@ -311,11 +323,11 @@ impl Engine<'_> {
         Err(self.why_not(devices, tickets, line, survey, own, unusable))
     }
 
-    /// Records that those have been overtaken.
-    pub(super) fn count_overtakes(&self, lock: &Lock, numbers: &[u64]) -> Result<(), Failure> {
+    /// Records that those are overtaken so many times more.
+    pub(super) fn count_overtakes(&self, lock: &Lock, numbers: &[u64], times: i32) -> Result<(), Failure> {
         for number in numbers {
             if let Some(mut ticket) = self.store.ticket::<Ticket>(*number, queue::VERSION)? {
-                ticket.overtaken += 1;
+                ticket.overtaken = ticket.overtaken.saturating_add_signed(times);
                 self.store.put_ticket(lock, *number, &ticket)?;
             }
         }
