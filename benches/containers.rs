@@ -3,7 +3,8 @@
 //! machine mean nothing. Then many containers at once, and a driver that takes its time. `make bench` runs it; the tables in
 //! docs/performance.md are its output.
 //!
-//! `cargo bench --bench containers -- [--rounds N] [--past N]`, as root, with `make build` done.
+//! `cargo bench --bench containers -- [--rounds N] [--past N]`, as root, with `make build` done; podman only in the world of
+//! scripts/engines.sh.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
@@ -45,7 +46,8 @@ fn main() {
     let dir = tempfile::Builder::new().prefix("mig-bench").tempdir_in(base()).unwrap();
     let bench = Bench { dir: dir.path().to_owned(), dist, runc };
     bench.lay_out();
-    one_at_a_time(&bench, rounds, option("--past").unwrap_or(500));
+    one_at_a_time(&bench, rounds, option("--past").unwrap_or(5000));
+    by_podman(&bench, rounds);
     peaks(&bench);
     many_at_once(&bench, rounds.div_ceil(4));
     a_driver_that_takes_its_time(&bench);
@@ -89,6 +91,12 @@ fn one_at_a_time(bench: &Bench, rounds: usize, past: usize) {
     let fresh = "1g.10gb cut fresh";
     let cases = [
         Case { name: "runc", runtime: vec![bench.runc.into()], config: plain(), machine: "plain" },
+        Case {
+            name: "runc, the same devices written by hand",
+            runtime: vec![bench.runc.into()],
+            config: bench.by_hand(&asking()),
+            machine: "plain",
+        },
         case("nothing asked, 2.6 KB config", "plain", &[], plain()),
         case("nothing asked, 9 KB config", "plain", &["--mig-env"], padded(plain(), 9 * 1024)),
         case(fresh, "plain", &[], asking()),
@@ -115,6 +123,56 @@ fn one_at_a_time(bench: &Bench, rounds: usize, past: usize) {
     println!("| case | wall ms | ratio to runc (95 % interval) | CPU ms | CPU more than runc | NVML calls (inits) |");
     println!("|---|---|---|---|---|---|");
     bench.compare(&again, rounds);
+}
+
+/// `podman run --rm` with our precreate hook, in the world of scripts/engines.sh.
+fn by_podman(bench: &Bench, rounds: usize) {
+    println!();
+    let Some(world) = std::env::var_os("ENG_DIR").map(PathBuf::from) else {
+        println!("podman: left out, since scripts/bench does not run it in a world of its own here");
+        return;
+    };
+    let podman = world.join("bin/podman");
+    let hooks = bench.path("hooks.d");
+    std::fs::create_dir_all(&hooks).unwrap();
+    let mut hook: Value = serde_json::from_str(include_str!("../hooks/mig-hook-precreate.json.in")).unwrap();
+    hook["hook"]["path"] = json!(bench.dist.join("mig-hook"));
+    hook["hook"]["args"] = json!(["mig-hook", "--config", bench.settings("plain"), "precreate"]);
+    std::fs::write(hooks.join("mig-hook-precreate.json"), hook.to_string()).unwrap();
+    let image = "localhost/busybox";
+    let ask = ["--annotation", "mig.profile=1g.10gb"];
+    let cases: [(&str, bool, &[&str]); 3] =
+        [("podman", false, &[]), ("nothing asked", true, &[]), ("1g.10gb cut fresh", true, &ask)];
+    let run = |(_, hooked, options): &(&str, bool, &[&str])| {
+        let mut command = Command::new(&podman);
+        if *hooked {
+            command.env("ENG_HOOKS_DIR", &hooks);
+        }
+        let (cpu, start) = (children_cpu(), Instant::now());
+        ok(command.args(["run", "--rm"]).args(*options).args([image, "true"]));
+        Cost { wall: start.elapsed().as_secs_f64() * 1e3, cpu: children_cpu() - cpu }
+    };
+    let mut costs: Vec<Vec<Cost>> = cases.iter().map(|_| Vec::new()).collect();
+    for round in 0..=rounds {
+        for n in (0..cases.len()).map(|n| (n + round) % cases.len()) {
+            let cost = run(&cases[n]);
+            if round > 0 {
+                costs[n].push(cost);
+            }
+        }
+    }
+    let version = Command::new(&podman).arg("--version").output().unwrap();
+    let version = String::from_utf8_lossy(&version.stdout).trim().replace("podman version ", "");
+    println!("podman {version} run --rm, {rounds} rounds");
+    println!();
+    println!("| case | wall ms | ratio to podman without our hook (95 % interval) |");
+    println!("|---|---|---|");
+    for ((name, ..), costs_of) in cases.iter().zip(&costs) {
+        let ratios: Vec<f64> = costs_of.iter().zip(&costs[0]).map(|(a, b)| a.wall / b.wall).collect();
+        let (low, high) = bootstrap(&ratios);
+        let (wall, ratio) = (median(costs_of.iter().map(|c| c.wall)), median(ratios.iter().copied()));
+        println!("| {name} | {wall:.1} | {ratio:.3} ({low:.3}–{high:.3}) |");
+    }
 }
 
 fn peaks(bench: &Bench) {
@@ -343,6 +401,22 @@ impl Bench {
         };
         self.sim(case.machine, &["count", "off"]);
         format!("{} ({})", of(|_| true), of(|call| call.starts_with("nvmlInit")))
+    }
+
+    /// What an administrator who cuts and passes slices by hand would write: our config without hooks and marks.
+    fn by_hand(&self, asking: &Value) -> Value {
+        self.write_config("b", asking);
+        let shim = self.shim_over_nothing("plain");
+        let bundle = self.path("b").display().to_string();
+        let run = |words: &[&str]| {
+            ok(Command::new(&shim[0]).args(&shim[1..]).arg("--root").arg(self.path("root")).args(words));
+        };
+        run(&["create", "--bundle", &bundle, "by-hand"]);
+        let mut config: Value = serde_json::from_slice(&std::fs::read(self.path("b/config.json")).unwrap()).unwrap();
+        run(&["delete", "by-hand"]);
+        assert!(config["linux"]["devices"].as_array().is_some_and(|devices| devices.len() >= 6), "{config:#}");
+        config.as_object_mut().unwrap().retain(|key, _| key != "hooks" && key != "annotations");
+        config
     }
 
     /// A container that had a slice, as far as we are concerned: no runtime runs.

@@ -3,6 +3,7 @@
 # mirror that this machine's apt has, and kept for the next time: remove one to get newer engines. As root.
 #
 #   source scripts/engines.sh; source scripts/roots.sh; root_make SUITE DIR      with $tmp, a directory for scratch files
+#   scripts/roots.sh make SUITE      the one that the tests use
 
 # Those that a suite's apt doesn't know are left out. cc is for tests that build a library.
 root_packages=(podman crun runc conmon containerd docker.io docker-cli nftables netavark nerdctl docker-compose cri-tools
@@ -63,11 +64,18 @@ root_fill() {
     chroot "$root" apt-get clean
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" && ${1:-} == fill ]]; then
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     set -uo pipefail
     cd "$(dirname "$(realpath "$0")")/.." || exit
     # shellcheck source=scripts/engines.sh
     source scripts/engines.sh
-    shift
-    root_fill "$@"
+    case ${1:-} in
+        fill) shift && root_fill "$@" ;;
+        make)
+            tmp=$(mktemp -d)
+            trap 'rm -rf "$tmp"' EXIT
+            mkdir -p target/engines && root_make "$2" "$PWD/target/engines/$2"
+            ;;
+        *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    esac
 fi

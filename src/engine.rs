@@ -3,7 +3,6 @@
 //! Every step is written down before it is done, so that the next run can finish what a killed one began. Requests and
 //! answers are plain values; nothing here knows an engine or a hook stage.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -34,10 +33,12 @@ mod layout;
 mod mode;
 mod offer;
 mod plan;
+mod users;
 mod wait;
 
 pub use choose::{Kind, Refusal, is_managed, managed, rooms};
 pub use cordon::{Cordon, Cordons, Occupant};
+use cutting::NotCut;
 pub use destroy::{Destroyed, Place};
 pub use driver::driver_files;
 use freeing::{Begun, RELOCK_WAIT};
@@ -268,7 +269,7 @@ impl<'a> Engine<'a> {
             let (back, cut) = self.make(lock, &claim, &mut lease, evicted)?;
             lock = back;
             let leases = self.leases()?;
-            match cut.and_then(|()| self.check_minors(&lease, &leases).map_err(|failure| (None, failure))) {
+            match cut.and_then(|()| Ok(self.check_minors(&lease, &leases)?)) {
                 Ok(()) => {
                     lease.state = State::Active;
                     lease.granted_boot_ms = Some(host::boot_ms());
@@ -276,7 +277,7 @@ impl<'a> Engine<'a> {
                     self.index(&lock, &lease)?;
                     return Ok((lock, Ok(lease)));
                 }
-                Err((gpu, failure)) => {
+                Err(NotCut { failure, gpu }) => {
                     let undone = self.begin_claimed(&lock, claim, lease, "it could not be cut");
                     lock = self.free_apart(lock, vec![undone])?.0;
                     self.serve(&lock, look, false)?;
@@ -293,22 +294,21 @@ impl<'a> Engine<'a> {
         Ok((lock, Err(last.unwrap_or_else(never))))
     }
 
-    /// Destroys what has to go and cuts what is planned, without the lock: others plan and cut meanwhile. On failure the GPU
-    /// that is to blame, if one is, and the reason.
+    /// Destroys what has to go and cuts what is planned, without the lock: others plan and cut meanwhile.
     fn make(
         &self,
         lock: Lock,
         claim: &Claim,
         lease: &mut Lease,
         evicted: Vec<Begun>,
-    ) -> Result<(Lock, Result<(), (Option<String>, Failure)>), Failure> {
+    ) -> Result<(Lock, Result<(), NotCut>), Failure> {
         let (lock, evicted) = self.free_apart(lock, evicted)?;
         if let Some(left) = evicted.iter().find(|action| action.result != "freed") {
             let why = format!("an idle slice does not make room: {}", left.reason);
-            return Ok((lock, Err((None, Failure::NoRoom(why)))));
+            return Ok((lock, Err(Failure::NoRoom(why).into())));
         }
         drop(lock);
-        let cut = self.cut(claim, lease).map_err(|(gpu, failure)| (Some(gpu), failure));
+        let cut = self.cut(claim, lease);
         Ok((self.store.lock(RELOCK_WAIT)?, cut))
     }
 
@@ -539,12 +539,16 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// Whether a process of its holder lives, or has what it has open.
     fn held(&self, lease: &Lease) -> bool {
+        self.is_occupied(lease)
+            || self.users().having_open(&lease.minors().collect()).is_ok_and(|process| process.is_some())
+    }
+
+    /// Whether a process is in its cgroup, or of the tree of `migctl run`.
+    fn is_occupied(&self, lease: &Lease) -> bool {
         let in_cgroup = lease.holder.cgroup.as_deref().is_some_and(|c| !host::processes_in(c).is_empty());
-        let minors: BTreeSet<u32> = lease.minors().collect();
-        in_cgroup
-            || self.store.is_held(&lease.token)
-            || self.host.majors().is_ok_and(|m| !host::holders_of(m.caps, &minors).is_empty())
+        in_cgroup || self.store.is_held(&lease.token)
     }
 
     /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The

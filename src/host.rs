@@ -411,16 +411,17 @@ pub fn processes_in(wanted: &str) -> Vec<u32> {
 
 /// Processes that have a device with this major and one of these minors open.
 pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
-    openers_of(major, minors).into_iter().map(|(pid, _)| pid).collect()
+    let has = |(pid, open): (u32, BTreeSet<u32>)| (!open.is_disjoint(minors)).then_some(pid);
+    openers_of(major).into_iter().filter_map(has).collect()
 }
 
-/// The same, each with which of the minors it has open. Looks at every open file of every process.
-pub fn openers_of(major: u32, minors: &BTreeSet<u32>) -> Vec<(u32, BTreeSet<u32>)> {
+/// Processes that have devices with this major open, each with their minors. Looks at every open file of every process.
+pub fn openers_of(major: u32) -> Vec<(u32, BTreeSet<u32>)> {
     let open = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         let devices = fds.filter_map(|fd| fs::metadata(fd.path()).ok()).filter_map(|meta| {
             let (at, minor) = device(meta.rdev());
-            (meta.file_type().is_char_device() && at == major && minors.contains(&minor)).then_some(minor)
+            (meta.file_type().is_char_device() && at == major).then_some(minor)
         });
         Some((pid, devices.collect::<BTreeSet<u32>>())).filter(|(_, open)| !open.is_empty())
     };

@@ -11,8 +11,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 mod claim;
 mod line;
@@ -377,13 +377,20 @@ fn read_json<T: DeserializeOwned>(path: &Path, version: u64) -> Result<Option<T>
         Err(e) => return Err(io_error("read", path)(e)),
     };
     let unreadable = |reason| StoreError::Unreadable { path: path.display().to_string(), reason };
-    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| unreadable(e.to_string()))?;
-    match value.get("version").and_then(serde_json::Value::as_u64) {
+    let found: Versioned = serde_json::from_slice(&text).map_err(|e| unreadable(e.to_string()))?;
+    match found.version.as_u64() {
         Some(v) if v == version => {}
         Some(v) => return Err(unreadable(format!("has version {v}, this mig-hook reads version {version}"))),
         None => return Err(unreadable("has no version".into())),
     }
-    serde_json::from_value(value).map(Some).map_err(|e| unreadable(e.to_string()))
+    serde_json::from_slice(&text).map(Some).map_err(|e| unreadable(e.to_string()))
+}
+
+/// What every record has, of whatever version.
+#[derive(Deserialize)]
+struct Versioned {
+    #[serde(default)]
+    version: serde_json::Value,
 }
 
 /// Who holds a flock: /proc/locks names it by inode (`N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`).

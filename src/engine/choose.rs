@@ -202,9 +202,9 @@ impl Engine<'_> {
         unusable: &[(String, String)],
     ) -> Result<Chosen, Unmet> {
         let devices = self.usable_devices(devices, request, unusable)?;
-        self.choose(&devices, leases, request, uid, &|device, instance| {
-            self.user_in(&device.uuid, device.minor, instance)
-        })
+        let users = self.users();
+        let user_of = |device: &Device, instance: &Instance| users.of(&device.uuid, device.minor, instance);
+        self.choose(&devices, leases, request, uid, &user_of)
     }
 
     /// Those GPUs that may serve the request.

@@ -8,13 +8,26 @@ use crate::store::Claim;
 
 use super::{Engine, Failure};
 
+/// Why a lease was not cut.
+pub(super) struct NotCut {
+    /// The reason.
+    pub failure: Failure,
+    /// The GPU that is to blame, if one is.
+    pub gpu: Option<String>,
+}
+
+impl From<Failure> for NotCut {
+    fn from(failure: Failure) -> NotCut {
+        NotCut { failure, gpu: None }
+    }
+}
+
 impl Engine<'_> {
-    /// Creates what a Pending lease plans, and learns its minors. On failure the GPU concerned and the reason; undoing is the
-    /// caller's.
-    pub(super) fn cut(&self, claim: &Claim, lease: &mut Lease) -> Result<(), (String, Failure)> {
+    /// Creates what a Pending lease plans, and learns its minors. Undoing what a failure leaves is the caller's.
+    pub(super) fn cut(&self, claim: &Claim, lease: &mut Lease) -> Result<(), NotCut> {
         for at in 0..lease.slices.len() {
-            let gpu = lease.slices[at].gpu.clone();
-            self.cut_one(claim, lease, at).map_err(|failure| (gpu, failure))?;
+            let gpu = Some(lease.slices[at].gpu.clone());
+            self.cut_one(claim, lease, at).map_err(|failure| NotCut { failure, gpu })?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use crate::store::Lock;
 use super::cordon::stop_command;
 use super::freeing::{Obstacle, obstacle};
 use super::keep::{find, name_of, slices_of};
+use super::users::Users;
 use super::{Engine, Failure, RELEASE_PAUSES, audit, audited, init_of, new_holder};
 
 /// Why a record of what is destroyed on purpose is Releasing.
@@ -44,9 +45,10 @@ impl Engine<'_> {
         let devices = self.managed_gpus()?;
         let mut found = Vec::new();
         let mut refusals = Vec::new();
+        let (leases, users) = (self.leases()?, self.users());
         for (gpu, gi) in places {
             let (device, instance) = find(&devices, gpu, *gi)?;
-            refusals.extend(self.why_not_destroy(device, instance)?);
+            refusals.extend(self.why_held(&leases, &users, device, instance)?);
             found.push((device, instance));
         }
         if !force && !refusals.is_empty() {
@@ -100,13 +102,14 @@ impl Engine<'_> {
 
     /// Why a GPU instance should stay, if it should, with what ends the reason as far as known.
     pub fn why_not_destroy(&self, device: &Device, instance: &Instance) -> Result<Option<String>, Failure> {
-        self.why_held(&self.leases()?, device, instance)
+        self.why_held(&self.leases()?, &self.users(), device, instance)
     }
 
-    /// The same with leases that were read already.
+    /// The same of what was looked at already.
     pub(super) fn why_held(
         &self,
         leases: &[Lease],
+        users: &Users<'_>,
         device: &Device,
         instance: &Instance,
     ) -> Result<Option<String>, Failure> {
@@ -123,7 +126,7 @@ impl Engine<'_> {
             let known = if known.is_empty() { String::new() } else { format!(", {}", known.join("; ")) };
             return Ok(Some(format!("{name} is held by {}{known}", lease.held_by())));
         }
-        let user = self.user_in(&device.uuid, device.minor, instance)?;
+        let user = users.of(&device.uuid, device.minor, instance)?;
         Ok(user.map(|pid| format!("{name} is in use by process {pid} ({})", host::process_name(pid))))
     }
 

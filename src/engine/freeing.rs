@@ -1,7 +1,6 @@
 //! Giving back what a lease has: begun and recorded under the lock, done by whoever has claimed the lease, without the lock
 //! where others may go on.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::container;
@@ -193,7 +192,7 @@ impl Engine<'_> {
         }
         let Some(instance) = self.still_ours(lease, at)? else { return Ok(ToDestroy::Nothing) };
         if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
-            && let Some(pid) = self.user_in(&slice.gpu, slice.gpu_minor, &instance)?
+            && let Some(pid) = self.users().of(&slice.gpu, slice.gpu_minor, &instance)?
         {
             let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
             return Ok(ToDestroy::Not(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
@@ -204,10 +203,12 @@ impl Engine<'_> {
     /// The GPU instance that a slice's record means, if it exists and nobody else can have made it since.
     fn still_ours(&self, lease: &Lease, at: usize) -> Result<Option<Instance>, Failure> {
         let slice = &lease.slices[at];
-        let same = |i: &Instance| {
-            i.placement == slice.placement && i.profile == slice.profile && slice.gi.is_none_or(|gi| gi == i.id)
+        let there = match slice.gi {
+            Some(gi) => self.gpu.instance(&slice.gpu, gi)?.into_iter().collect(),
+            None => self.gpu.instances(&slice.gpu)?,
         };
-        let Some(instance) = self.gpu.instances(&slice.gpu)?.into_iter().find(same) else { return Ok(None) };
+        let same = |i: &Instance| i.placement == slice.placement && i.profile == slice.profile;
+        let Some(instance) = there.into_iter().find(same) else { return Ok(None) };
         let here = || lease.slices.iter().filter(|other| other.shares(slice));
         let known = |c: &ComputeInstance| here().any(|s| s.uuid.as_ref() == Some(&c.uuid));
         let unknown = instance.compute.iter().filter(|c| !known(c)).count();
@@ -221,19 +222,6 @@ impl Engine<'_> {
             tracing::warn!(gpu = %slice.gpu, placement = %slice.placement, "the GPU instance here is another's now; it stays");
         }
         Ok((!strangers).then_some(instance))
-    }
-
-    /// A process that the driver lists in an instance, or that has one of its capabilities open.
-    pub(super) fn user_in(&self, gpu: &str, gpu_minor: u32, instance: &Instance) -> Result<Option<u32>, Failure> {
-        let listed = self.gpu.processes(gpu)?.into_iter().find(|p| p.instance == Some(instance.id));
-        if let Some(process) = listed {
-            return Ok(Some(process.pid));
-        }
-        // A capability without its /proc file is one that nobody can open.
-        let of_compute = |c: &ComputeInstance| self.host.compute_minor(gpu_minor, instance.id, c.id);
-        let mut minors: BTreeSet<u32> = instance.compute.iter().flat_map(of_compute).collect();
-        minors.extend(self.host.instance_minor(gpu_minor, instance.id));
-        Ok(host::holders_of(self.host.majors()?.caps, &minors).first().copied())
     }
 
     pub(super) fn forget(&self, lock: &Lock, lease: &Lease) -> Result<(), Failure> {

@@ -6,6 +6,7 @@ use crate::host;
 use crate::lease::{Holder, Lease, Slice, State, Step};
 use crate::store::Lock;
 
+use super::users::Users;
 use super::{Begun, Engine, Failure};
 
 impl Engine<'_> {
@@ -16,20 +17,28 @@ impl Engine<'_> {
         !self.settings.idle_ttl.is_zero()
             && lease.state == State::Active
             && lease.slices.iter().all(whole)
-            && !self.held(lease)
-            && lease.slices.iter().all(|slice| self.is_unused(slice).unwrap_or(false))
+            && !self.is_occupied(lease)
+            && self.are_unused(&lease.slices).unwrap_or(false)
     }
 
-    fn is_unused(&self, slice: &Slice) -> Result<bool, Failure> {
-        if self.cordons()?.contains_key(&slice.gpu) {
-            return Ok(false);
+    /// Whether nobody has these slices open, on GPUs that take new holders.
+    fn are_unused(&self, slices: &[Slice]) -> Result<bool, Failure> {
+        let (cordons, users) = (self.cordons()?, self.users());
+        for slice in slices {
+            if cordons.contains_key(&slice.gpu) || !self.is_unused(slice, &users)? {
+                return Ok(false);
+            }
         }
+        Ok(true)
+    }
+
+    fn is_unused(&self, slice: &Slice, users: &Users<'_>) -> Result<bool, Failure> {
         let there = self.gpu.instances(&slice.gpu)?.into_iter().find(|instance| {
             slice.is_at(&slice.gpu, instance)
                 && instance.compute.iter().map(|c| Some(&c.uuid)).eq([slice.uuid.as_ref()])
         });
         match there {
-            Some(instance) => Ok(self.user_in(&slice.gpu, slice.gpu_minor, &instance)?.is_none()),
+            Some(instance) => Ok(users.of(&slice.gpu, slice.gpu_minor, &instance)?.is_none()),
             None => Ok(false),
         }
     }

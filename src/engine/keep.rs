@@ -11,6 +11,7 @@ use crate::request::{GpuSelector, Want};
 use crate::store::Lock;
 
 use super::choose::usable;
+use super::cutting::NotCut;
 use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, audited, idle, new_holder};
 
 impl Engine<'_> {
@@ -114,8 +115,10 @@ impl Engine<'_> {
     pub(super) fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
         let claim = self.claim_new(lock, lease)?;
         match self.cut(&claim, lease) {
-            Err((_, Failure::Gpu(GpuError::NotOffered(why)))) => return Err(Failure::BadRequest(why)),
-            Err((_, failure)) => return Err(failure),
+            Err(NotCut { failure: Failure::Gpu(GpuError::NotOffered(why)), .. }) => {
+                return Err(Failure::BadRequest(why));
+            }
+            Err(not_cut) => return Err(not_cut.failure),
             Ok(()) => self.check_minors(lease, others)?,
         }
         if lease.reserved_for.is_some() {
@@ -256,13 +259,14 @@ impl Engine<'_> {
         want: &Want,
         taken: &[Lease],
     ) -> Result<Option<Lease>, Failure> {
+        let users = self.users();
         for device in devices {
             let Some(profile) = profile::resolve(device, want) else { continue };
             for instance in device.instances.iter().filter(|i| i.profile == profile.id && i.is_whole(profile)) {
                 let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
                 let (Some(kept), None) = (of_it.next(), of_it.next()) else { continue };
                 let free = kept.state == State::Static && kept.reserved_for.is_none() && !taken.contains(kept);
-                if free && self.user_in(&device.uuid, device.minor, instance)?.is_none() {
+                if free && users.of(&device.uuid, device.minor, instance)?.is_none() {
                     return Ok(Some(kept.clone()));
                 }
             }

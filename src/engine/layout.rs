@@ -14,6 +14,7 @@ use crate::store::Lock;
 use super::destroy::Destroyed;
 use super::keep::{kept, name_of, slices_of};
 use super::mode::{Changed, Client};
+use super::users::Users;
 use super::{Engine, Failure, audit, idle, new_holder};
 
 /// What one GPU shall be like.
@@ -42,6 +43,14 @@ pub struct Change {
     pub destroyed: Vec<Instance>,
     /// New ones, a list of slices for each.
     pub cut: Vec<Vec<Slice>>,
+}
+
+impl Change {
+    /// Whether the GPU is as it was, and kept as it was.
+    fn is_none(&self) -> bool {
+        let kept_anew = self.stayed.iter().any(|(_, anew)| *anew);
+        self.before == self.mig && !kept_anew && self.destroyed.is_empty() && self.cut.is_empty()
+    }
 }
 
 /// Told each step before it is made; answers whether to go on.
@@ -83,9 +92,11 @@ impl Engine<'_> {
             Err(failure) => Err(failure),
             Ok(changes) => self.keep_all(&lock, changes),
         };
-        self.look_afresh(&lock);
-        drop(lock);
-        self.store.ring(); // who waits for room may have it now
+        if !outcome.as_ref().is_ok_and(|changes| changes.iter().all(Change::is_none)) {
+            self.look_afresh(&lock);
+            drop(lock);
+            self.store.ring(); // who waits for room may have it now
+        }
         outcome
     }
 
@@ -154,7 +165,10 @@ impl Engine<'_> {
         for todo in todos.iter().filter(|todo| !todo.target.mig) {
             self.turn(lock, &todo.device, false, watch, done)?;
         }
-        let now = self.managed_gpus()?;
+        let now = match done.is_empty() {
+            true => before.to_vec(),
+            false => self.managed_gpus()?,
+        };
         let change = |(todo, cut): (&Todo<'_>, Vec<Vec<Slice>>)| {
             let mode = |devices| mode_of(devices, &todo.target.gpu);
             changed(todo, mode(before), mode(&now), cut)
@@ -175,11 +189,12 @@ impl Engine<'_> {
         let mut todos = Vec::new();
         let mut never = false;
         let mut refusals = Vec::new();
+        let users = self.users();
         for target in targets {
             let Some(device) = devices.iter().find(|device| device.uuid == target.gpu) else {
                 return Err(Failure::BadRequest(format!("there is no GPU {} any more", target.gpu)));
             };
-            match self.plan_one(target, device, leases)? {
+            match self.plan_one(target, device, leases, &users)? {
                 Ok(plan) => todos.push(Todo { target, device: device.clone(), plan }),
                 Err(Refusal::Never(why)) => {
                     never = true;
@@ -195,7 +210,13 @@ impl Engine<'_> {
         }
     }
 
-    fn plan_one(&self, target: &Target, device: &Device, leases: &[Lease]) -> Result<Result<Plan, Refusal>, Failure> {
+    fn plan_one(
+        &self,
+        target: &Target,
+        device: &Device,
+        leases: &[Lease],
+        users: &Users<'_>,
+    ) -> Result<Result<Plan, Refusal>, Failure> {
         if target.mig && device.mig == MigMode::Unsupported {
             return Ok(Err(Refusal::Never(format!("{} has no MIG", device.label()))));
         }
@@ -209,12 +230,12 @@ impl Engine<'_> {
         if !matches!(device.mig, MigMode::On | MigMode::DisablePending) {
             return Ok(Ok(Plan::default()));
         }
-        let used = device.instances.iter().map(|instance| self.used(leases, device, instance));
+        let used = device.instances.iter().map(|instance| self.used(leases, users, device, instance));
         let used = used.collect::<Result<_, Failure>>()?;
         Ok(layout::plan(&Present { device, used, reserved: reserved(leases, device) }, names, self.policy()))
     }
 
-    fn used(&self, leases: &[Lease], device: &Device, instance: &Instance) -> Result<Use, Failure> {
+    fn used(&self, leases: &[Lease], users: &Users<'_>, device: &Device, instance: &Instance) -> Result<Use, Failure> {
         let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
         let leaving = |lease: &&Lease| {
             matches!(lease.state, State::Releasing | State::Quarantined) && lease.has_cut(&device.uuid, instance)
@@ -223,7 +244,7 @@ impl Engine<'_> {
             let (name, why) = (name_of(device, instance), lease.reason.as_deref().unwrap_or("its holder has ended"));
             return Ok(Use::Ending(format!("{name} is on its way out ({why}); migctl gc goes on with it")));
         }
-        Ok(match self.why_held(leases, device, instance)? {
+        Ok(match self.why_held(leases, users, device, instance)? {
             Some(why) => Use::Busy(why),
             None => Use::Idle { kept: of_it.any(|lease| lease.state == State::Static) },
         })
@@ -385,9 +406,10 @@ impl Engine<'_> {
 
     /// Keeps what stays: also after the end of a container that it was cut for.
     fn keep_all(&self, lock: &Lock, mut changes: Vec<Change>) -> Result<Vec<Change>, Failure> {
+        let mut leases = self.leases()?;
         for Change { device, stayed, .. } in &mut changes {
             for (instance, adopted) in stayed.iter_mut().filter(|(_, wanted)| *wanted) {
-                *adopted = self.keep_one(lock, device, instance)?;
+                *adopted = self.keep_one(lock, &mut leases, device, instance)?;
             }
         }
         Ok(changes)
@@ -395,25 +417,31 @@ impl Engine<'_> {
 
     /// The record that keeps it comes first: killed between the two, the container's end destroys the slice, and nothing is
     /// left without a record.
-    fn keep_one(&self, lock: &Lock, device: &Device, instance: &Instance) -> Result<bool, Failure> {
-        let leases = self.leases()?;
-        let of_it = || leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
-        let adopted = of_it().all(|lease| lease.state != State::Static);
+    fn keep_one(
+        &self,
+        lock: &Lock,
+        leases: &mut [Lease],
+        device: &Device,
+        instance: &Instance,
+    ) -> Result<bool, Failure> {
+        let mut of_it: Vec<&mut Lease> =
+            leases.iter_mut().filter(|lease| lease.is_at(&device.uuid, instance)).collect();
+        let adopted = of_it.iter().all(|lease| lease.state != State::Static);
         let here = |slice: &&mut Slice| slice.ours && slice.is_at(&device.uuid, instance);
-        let mut holders: Vec<Lease> = of_it().filter(|lease| lease.state != State::Static).cloned().collect();
-        holders.retain_mut(|lease| lease.slices.iter_mut().filter(here).map(|slice| slice.ours = false).count() > 0);
+        let gives_up = |lease: &mut Lease| lease.slices.iter_mut().filter(here).map(|s| s.ours = false).count() > 0;
+        of_it.retain_mut(|lease| lease.state != State::Static && gives_up(lease));
         if adopted {
             let mut slices = self.with_minors(slices_of(device, instance)?)?;
             for slice in &mut slices {
-                slice.ours = !holders.is_empty();
+                slice.ours = !of_it.is_empty();
             }
             let record = self.new_lease(&new_holder(Way::Adopt, std::process::id()), slices)?;
             let record = Lease { state: State::Static, ..record };
             self.store.put(lock, &record.token, &record)?;
             audit("adopt", &record.holder, kept(&record));
         }
-        for lease in holders {
-            self.store.put(lock, &lease.token, &lease)?;
+        for lease in of_it {
+            self.store.put(lock, &lease.token, lease)?;
         }
         Ok(adopted)
     }

@@ -1,9 +1,6 @@
 //! What a container with a request would get now, and when nothing, why: the decision of `acquire` on what is there less
 //! what it would free first. Changes nothing.
 
-use std::cell::RefCell;
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 
 use crate::gpu::{Device, Instance, MigMode, Placement};
@@ -17,6 +14,7 @@ use crate::request::{Request, Want, format_wants};
 use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
 use super::freeing::ToDestroy;
 use super::keep::take_vanished;
+use super::users::Users;
 use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
 
 /// Most sets of holders whose end would make room.
@@ -263,9 +261,6 @@ enum Occupant<'a> {
     Foreign(&'a Device, &'a Instance),
 }
 
-/// The answers to who uses an instance, each asked once: it takes a look at every process.
-type Users = RefCell<BTreeMap<(String, u32), Option<u32>>>;
-
 impl Engine<'_> {
     /// What `acquire` would do for a container of that user. The driver may still refuse, and a capability that belongs to
     /// another lease be met, when it comes to cutting: then acquire goes on to other places.
@@ -505,7 +500,7 @@ impl Engine<'_> {
         usable: Vec<Device>,
         uid: Option<u32>,
     ) -> Result<(), Failure> {
-        let users = Users::default();
+        let users = self.users();
         let on_usable = Scene { devices: usable, leases: scene.leases.clone() };
         let occupants = occupants(&on_usable);
         for occupant in &occupants {
@@ -575,7 +570,7 @@ impl Engine<'_> {
         request: &Request,
         uid: Option<u32>,
         ending: &[Occupant<'_>],
-        users: &Users,
+        users: &Users<'_>,
     ) -> Result<bool, Failure> {
         let user_of = |device: &Device, instance: &Instance| {
             let theirs = |occupant: &Occupant<'_>| match occupant {
@@ -585,13 +580,7 @@ impl Engine<'_> {
             if ending.iter().any(theirs) {
                 return Ok(None);
             }
-            let key = (device.uuid.clone(), instance.id);
-            if let Some(known) = users.borrow().get(&key) {
-                return Ok(*known);
-            }
-            let user = self.user_in(&device.uuid, device.minor, instance)?;
-            users.borrow_mut().insert(key, user);
-            Ok(user)
+            users.of(&device.uuid, device.minor, instance)
         };
         let rooms = rooms(&scene.devices, &scene.leases);
         for wants in &request.alternatives {

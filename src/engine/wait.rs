@@ -557,11 +557,12 @@ fn asker() -> Option<File> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::RELOCK_WAIT;
     use super::*;
 
     #[test]
     fn every_hook_that_waits_has_the_time_for_it() {
-        let longest = ACQUIRE_LOCK_WAIT + CONTAINER_WAIT + WAITER_LOCK_WAIT + Duration::from_secs(10);
+        let longest = ACQUIRE_LOCK_WAIT + CONTAINER_WAIT + WAITER_LOCK_WAIT + RELOCK_WAIT + Duration::from_secs(10);
         for file in ["hooks/mig-hook-precreate.json.in", "hooks/crio/mig-hook-create.json.in"] {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
             let hook: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();

@@ -334,6 +334,8 @@ pub trait Gpu: std::fmt::Debug {
     fn devices(&self) -> Result<Vec<Device>, GpuError>;
     /// GPU instances of one GPU now, in id order, half-made ones included.
     fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError>;
+    /// One of them by its id; `None` where there is none.
+    fn instance(&self, gpu: &str, id: u32) -> Result<Option<Instance>, GpuError>;
     /// The instance behind a MIG device, with the UUID of its GPU, as every user may ask: placed at [`Placement::UNKNOWN`].
     fn instance_of(&self, slice: &str) -> Result<Option<(String, Instance)>, GpuError>;
     /// Creates a GPU instance at exactly that placement. The answer has no compute instance yet.

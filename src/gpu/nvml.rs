@@ -18,28 +18,24 @@ const GPU_INSTANCE_PROFILES: u32 = 32;
 /// Enum indices probed for compute-instance profiles: NVML 13.0 has 8.
 const COMPUTE_INSTANCE_PROFILES: u32 = 16;
 
+type Splits = HashMap<(String, ProfileId), Rc<[ComputeProfile]>>;
+
 /// The NVIDIA driver of this machine. Loaded at the first call, and only once: initialising takes milliseconds, or
 /// seconds where no other client keeps the GPUs awake.
 #[derive(Debug)]
 pub struct Nvml {
     path: PathBuf,
     library: OnceCell<Library>,
-    /// By GPU UUID. What a GPU offers does not change while the driver is loaded.
-    offers: RefCell<HashMap<String, Rc<Offer>>>,
-}
-
-/// What one GPU offers.
-#[derive(Debug)]
-struct Offer {
-    profiles: Vec<Profile>,
-    /// Compute-instance profiles by GPU-instance profile, largest first; asked of the first instance met.
-    compute: RefCell<HashMap<ProfileId, Rc<[ComputeProfile]>>>,
+    /// Profiles by GPU UUID. What a GPU offers does not change while the driver is loaded.
+    offers: RefCell<HashMap<String, Rc<[Profile]>>>,
+    /// Compute-instance profiles by GPU UUID and GPU-instance profile, largest first; asked of the first instance met.
+    splits: RefCell<Splits>,
 }
 
 impl Nvml {
     /// The driver behind that `libnvidia-ml.so.1`; an absolute path. Loads nothing yet.
     pub fn at(path: impl Into<PathBuf>) -> Nvml {
-        Nvml { path: path.into(), library: OnceCell::new(), offers: RefCell::default() }
+        Nvml { path: path.into(), library: OnceCell::new(), offers: RefCell::default(), splits: RefCell::default() }
     }
 
     fn library(&self) -> Result<&Library, GpuError> {
@@ -64,31 +60,31 @@ impl Nvml {
             instances: Vec::new(),
         };
         if is_on(device.mig) {
-            let offer = self.offer(library, handle, &device.uuid)?;
-            device.instances = unless_forbidden(read_instances(library, handle, &offer))?;
-            device.profiles.clone_from(&offer.profiles);
+            let offered = self.offer(library, handle, &device.uuid)?;
+            device.instances = unless_forbidden(self.read_instances(library, handle, &device.uuid, &offered))?;
+            device.profiles = offered.to_vec();
         }
         Ok(device)
     }
 
-    fn offer(&self, library: &Library, device: &DeviceHandle<'_>, uuid: &str) -> Result<Rc<Offer>, GpuError> {
-        if let Some(offer) = self.offers.borrow().get(uuid) {
-            return Ok(Rc::clone(offer));
+    fn offer(&self, library: &Library, device: &DeviceHandle<'_>, uuid: &str) -> Result<Rc<[Profile]>, GpuError> {
+        if let Some(offered) = self.offers.borrow().get(uuid) {
+            return Ok(Rc::clone(offered));
         }
-        let offer = Rc::new(Offer { profiles: read_profiles(library, device)?, compute: RefCell::default() });
-        self.offers.borrow_mut().insert(uuid.to_owned(), Rc::clone(&offer));
-        Ok(offer)
+        let offered: Rc<[Profile]> = read_profiles(library, device)?.into();
+        self.offers.borrow_mut().insert(uuid.to_owned(), Rc::clone(&offered));
+        Ok(offered)
     }
-}
 
-impl Offer {
     fn compute_profiles(
         &self,
         library: &Library,
         instance: &GpuInstance<'_>,
+        gpu: &str,
         of: ProfileId,
     ) -> Result<Rc<[ComputeProfile]>, GpuError> {
-        if let Some(profiles) = self.compute.borrow().get(&of) {
+        let key = (gpu.to_owned(), of);
+        if let Some(profiles) = self.splits.borrow().get(&key) {
             return Ok(Rc::clone(profiles));
         }
         let mut profiles = Vec::new();
@@ -99,9 +95,52 @@ impl Offer {
         let profiles: Rc<[ComputeProfile]> = profiles.into();
         // None at all: the instance has just gone.
         if !profiles.is_empty() {
-            self.compute.borrow_mut().insert(of, Rc::clone(&profiles));
+            self.splits.borrow_mut().insert(key, Rc::clone(&profiles));
         }
         Ok(profiles)
+    }
+
+    fn read_instances(
+        &self,
+        library: &Library,
+        device: &DeviceHandle<'_>,
+        gpu: &str,
+        offered: &[Profile],
+    ) -> Result<Vec<Instance>, GpuError> {
+        let mut instances = Vec::new();
+        for profile in offered {
+            for handle in library.gpu_instances(device, profile.id, profile.max_instances)? {
+                instances.extend(self.read_instance(library, &handle, gpu)?);
+            }
+        }
+        instances.sort_by_key(|instance| instance.id);
+        Ok(instances)
+    }
+
+    /// `None` for one that has just gone.
+    fn read_instance(
+        &self,
+        library: &Library,
+        handle: &GpuInstance<'_>,
+        gpu: &str,
+    ) -> Result<Option<Instance>, GpuError> {
+        let Some(info) = unless_gone(library.gpu_instance_info(handle))? else { return Ok(None) };
+        let mut instance = bare(info);
+        let offered = self.compute_profiles(library, handle, gpu, instance.profile)?;
+        // The first one is the whole instance.
+        let mut slices = offered.first().map_or(0, |whole| whole.slices);
+        for profile in offered.iter() {
+            // Largest first: the usual single compute instance leaves no room for one of another profile.
+            if profile.slices > slices {
+                continue;
+            }
+            for compute in unless_gone(library.compute_instances(handle, profile))?.unwrap_or_default() {
+                slices = slices.saturating_sub(profile.slices);
+                instance.compute.extend(unless_gone(read_compute(library, &compute, profile))?);
+            }
+        }
+        instance.compute.sort_by_key(|compute| compute.id);
+        Ok(Some(instance))
     }
 }
 
@@ -148,7 +187,17 @@ impl Gpu for Nvml {
         if !is_on(read_mode(library, &device)?) {
             return Ok(Vec::new());
         }
-        read_instances(library, &device, &*self.offer(library, &device, gpu)?)
+        self.read_instances(library, &device, gpu, &self.offer(library, &device, gpu)?)
+    }
+
+    fn instance(&self, gpu: &str, id: u32) -> Result<Option<Instance>, GpuError> {
+        let library = self.library()?;
+        let device = library.device_by_uuid(gpu)?;
+        if !is_on(read_mode(library, &device)?) {
+            return Ok(None);
+        }
+        let Some(handle) = unless_gone(library.gpu_instance_by_id(&device, id))? else { return Ok(None) };
+        self.read_instance(library, &handle, gpu)
     }
 
     fn instance_of(&self, slice: &str) -> Result<Option<(String, Instance)>, GpuError> {
@@ -158,7 +207,7 @@ impl Gpu for Nvml {
         let (gpu, name) = (library.uuid(&parent)?, library.name(&device)?);
         let offer = self.offer(library, &parent, &gpu)?;
         let named = |profile: &&Profile| name.ends_with(&format!(" MIG {}", profile.name));
-        let Some(profile) = offer.profiles.iter().find(named) else { return Ok(None) };
+        let Some(profile) = offer.iter().find(named) else { return Ok(None) };
         let compute = ComputeInstance {
             id: library.compute_instance_id(&device)?,
             slices: profile.slices,
@@ -187,14 +236,14 @@ impl Gpu for Nvml {
         let device = library.device_by_uuid(gpu)?;
         let instance = library.gpu_instance_by_id(&device, instance)?;
         let made_with = library.gpu_instance_info(&instance)?.profile;
-        let offer = self.offer(library, &device, gpu)?;
-        let all = offer.profiles.iter().find(|p| p.id == made_with).map(|p| p.slices);
-        let offered = offer.compute_profiles(library, &instance, made_with)?;
+        let offered = self.compute_profiles(library, &instance, gpu, made_with)?;
         // The id is not the slice count: a 1g.20gb of an H100 needs id 7, which has all 26 multiprocessors, not id 0.
-        let fitting = offered.iter().filter(|p| Some(p.slices) == slices.or(all));
+        let wanted = slices.or(offered.first().map(|whole| whole.slices));
+        let fitting = offered.iter().filter(|p| Some(p.slices) == wanted);
         let Some(profile) = fitting.max_by_key(|p| (p.sms, Reverse(p.id))) else {
             let sizes: Vec<String> = offered.iter().map(|p| format!("{}c", p.slices)).collect();
-            let name = offer.profiles.iter().find(|p| p.id == made_with).map_or("?", |p| p.name.as_str());
+            let offer = self.offer(library, &device, gpu)?;
+            let name = offer.iter().find(|p| p.id == made_with).map_or("?", |p| p.name.as_str());
             return Err(GpuError::NotOffered(match slices {
                 Some(slices) => {
                     format!("{name} has no compute instance of {slices}c; it offers {}", sizes.join(", "))
@@ -240,7 +289,7 @@ impl Gpu for Nvml {
         let device = library.device_by_uuid(gpu)?;
         let instance = library.gpu_instance_by_id(&device, instance)?;
         let profile = library.gpu_instance_info(&instance)?.profile;
-        let offered = self.offer(library, &device, gpu)?.compute_profiles(library, &instance, profile)?;
+        let offered = self.compute_profiles(library, &instance, gpu, profile)?;
         let split = |p: &ComputeProfile| Split { slices: p.slices, sms: p.sms, max_instances: p.max_instances };
         Ok(offered.iter().map(split).collect())
     }
@@ -348,31 +397,6 @@ fn read_profiles(library: &Library, device: &DeviceHandle<'_>) -> Result<Vec<Pro
         });
     }
     Ok(profiles)
-}
-
-fn read_instances(library: &Library, device: &DeviceHandle<'_>, offer: &Offer) -> Result<Vec<Instance>, GpuError> {
-    let mut instances = Vec::new();
-    for profile in &offer.profiles {
-        for handle in library.gpu_instances(device, profile.id, profile.max_instances)? {
-            let Some(info) = unless_gone(library.gpu_instance_info(&handle))? else { continue };
-            let mut instance = bare(info);
-            let mut slices = profile.slices;
-            for compute_profile in offer.compute_profiles(library, &handle, profile.id)?.iter() {
-                // Largest first: the usual single compute instance leaves no room for one of another profile.
-                if compute_profile.slices > slices {
-                    continue;
-                }
-                for compute in unless_gone(library.compute_instances(&handle, compute_profile))?.unwrap_or_default() {
-                    slices = slices.saturating_sub(compute_profile.slices);
-                    instance.compute.extend(unless_gone(read_compute(library, &compute, compute_profile))?);
-                }
-            }
-            instance.compute.sort_by_key(|compute| compute.id);
-            instances.push(instance);
-        }
-    }
-    instances.sort_by_key(|instance| instance.id);
-    Ok(instances)
 }
 
 fn read_compute(

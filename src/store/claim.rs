@@ -31,10 +31,11 @@ impl Store {
         self.dir.join("claims").join(format!("{token}.tmp"))
     }
 
-    /// Takes the lock to begin something: not before those who want to be alone. Waits at most `wait` for each of the two.
+    /// Takes the lock to begin something: not before those who want to be alone. Waits at most `wait`.
     pub fn enter(&self, wait: Duration) -> Result<Lock, StoreError> {
+        let begun = Instant::now();
         drop(flock(&self.dir.join("alone"), true, wait)?);
-        self.lock(wait)
+        self.lock(wait.saturating_sub(begun.elapsed()))
     }
 
     /// Takes the lock when nobody works on any lease, and keeps others from beginning to. Waits at most `wait`.

@@ -41,7 +41,7 @@ pub(super) fn checks(gpus: &Gpus, settings: &Settings, leases: &[Lease]) -> Vec<
     let devices = fs::read_to_string(settings.proc_root.join("devices")).unwrap_or_default();
     let minors: BTreeSet<u32> = leases.iter().flat_map(Lease::minors).collect();
     let open = match host::major(&devices, "nvidia-caps") {
-        Some(major) if !minors.is_empty() => host::openers_of(major, &minors),
+        Some(major) if !minors.is_empty() => host::openers_of(major),
         _ => vec![],
     };
     // What is kept, or was there before us, is not destroyed when a container ends.
