@@ -419,6 +419,11 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// Has a holder's poststop hook leave its end to this process: see [`Store::take_end`].
+    pub fn take_end(&self, token: &str) -> Option<File> {
+        self.store.take_end(token)
+    }
+
     /// Brings leases and GPUs back in step: finishes what was begun, frees what nobody holds. One entry a lease.
     pub fn reconcile(&self) -> Result<Vec<Action>, Failure> {
         let deadline = Instant::now() + BUSY_LIMIT;

@@ -6,11 +6,12 @@
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -477,7 +478,8 @@ pub fn index_name(root: Option<&Path>, id: &str) -> Option<String> {
 /// Who we are outside, where we are uid 0 only in the user namespace of somebody else (rootless podman): that uid. Hooks
 /// have no environment to tell them.
 pub fn rootless() -> Option<u32> {
-    outside_uid(&std::fs::read_to_string("/proc/self/uid_map").ok()?)
+    static OUTSIDE: OnceLock<Option<u32>> = OnceLock::new();
+    *OUTSIDE.get_or_init(|| outside_uid(&std::fs::read_to_string("/proc/self/uid_map").ok()?))
 }
 
 /// From the text of a uid_map: a line for each range, first uid inside, first outside, how many.
@@ -609,7 +611,7 @@ pub fn installed(name: &str) -> Option<PathBuf> {
 }
 
 /// `mig-hook [--config FILE] STAGE [--lease TOKEN | --slice UUID]`. A late or second poststop, whose lease is gone, ends
-/// here; so does a hook without either, as an administrator registers it for every container, where nothing is asked.
+/// here, and one whose lease the shim is about to release; so does a hook without either, as an administrator registers it for every container, where nothing is asked.
 pub fn hook(args: Vec<OsString>) -> i32 {
     handover::unblock_signals();
     let given = args.get(1..).unwrap_or_default().to_vec();
@@ -623,8 +625,8 @@ pub fn hook(args: Vec<OsString>) -> i32 {
         let outline = Outline::read(after("--config").map(Path::new));
         let state_dir = state_dir(outline.state_dir);
         let token = after("--lease").and_then(|t| t.to_str()).filter(|t| plain_name(t));
-        let lease = token.map(|t| state_dir.join("leases").join(format!("{t}.json")));
-        if lease.is_some_and(|l| !l.exists()) {
+        let is_over = |token: &str| !state_dir.join("leases").join(format!("{token}.json")).exists();
+        if token.is_some_and(|token| is_over(token) || is_taken(&state_dir, token)) {
             drain();
             return 0;
         }
@@ -642,6 +644,12 @@ pub fn hook(args: Vec<OsString>) -> i32 {
         }
     }
     become_engine("hook", &given, &[])
+}
+
+/// Whether the shim waits for the runtime that has called us, and releases by itself (`Store::take_end`).
+fn is_taken(state_dir: &Path, token: &str) -> bool {
+    let intent = File::open(state_dir.join("intents").join(format!("{token}.ready")));
+    intent.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Reads standard input to its end, or the runtime that writes the State gets EPIPE; crun 1.28 writes many lines.

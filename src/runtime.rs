@@ -14,11 +14,18 @@ mod state;
 
 pub use state::{State, look};
 
-/// Runs the runtime with our own stdio, the given environment and the SIGPIPE that we inherited, and waits. The exit
-/// code, or 128 + signal.
-pub fn run(runtime: &Path, args: &[OsString], env: &[OsString], pipe: Sigpipe) -> io::Result<i32> {
-    let status = pipe.in_child(&mut command(runtime, args, env)).status()?;
-    Ok(code_of(status))
+/// Runs the runtime with our own stdio, the given environment and the SIGPIPE that we inherited, does something `meanwhile`,
+/// and waits. The exit code, or 128 + signal.
+pub fn run(
+    runtime: &Path,
+    args: &[OsString],
+    env: &[OsString],
+    pipe: Sigpipe,
+    meanwhile: impl FnOnce(),
+) -> io::Result<i32> {
+    let mut child = pipe.in_child(&mut command(runtime, args, env)).spawn()?;
+    meanwhile();
+    Ok(code_of(child.wait()?))
 }
 
 /// Waits for a child at most so long, then kills it. The exit code, or 128 + signal; `None`: it was not over by then.
@@ -94,7 +101,8 @@ mod tests {
     #[test]
     fn the_exit_code_is_the_runtimes() {
         let sh = |script: &str| {
-            run(Path::new("/bin/sh"), &["-c".into(), script.into()], &["A=b".into()], Sigpipe::ignore()).unwrap()
+            let (args, env) = (["-c".into(), script.into()], ["A=b".into()]);
+            run(Path::new("/bin/sh"), &args, &env, Sigpipe::ignore(), || ()).unwrap()
         };
         assert_eq!(sh("exit 7"), 7);
         assert_eq!(sh("kill -9 $$"), 128 + 9);

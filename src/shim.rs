@@ -4,6 +4,7 @@
 //! the runtime, since the slice may be given back only after it.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use crate::config::Settings;
 use crate::edits;
 use crate::engine::{self, Engine, Released};
 use crate::first::{self, Own, Plan, Verb};
-use crate::gpu::nvml::Nvml;
+use crate::gpu::{Gpu, nvml::Nvml};
 use crate::handover::{self, Sigpipe};
 use crate::hook;
 use crate::host;
@@ -212,7 +213,14 @@ fn delete(plan: &Plan, settings: &Settings, nvml: &Nvml, env: &[OsString], pipe:
         Ok(low_level) => low_level,
         Err(reason) => return refuse(plan, &Refused(reason).into()),
     };
-    let code = match runtime::run(&low_level, &plan.rest, env, pipe) {
+    let taken = leased(plan, settings, nvml);
+    // The driver takes milliseconds to open, and the runtime as many to delete.
+    let open_driver = || {
+        if taken.is_some() {
+            let _ = nvml.driver_version();
+        }
+    };
+    let code = match runtime::run(&low_level, &plan.rest, env, pipe, open_driver) {
         Ok(code) => code,
         Err(error) => {
             return refuse(plan, &anyhow::Error::from(error).context(format!("cannot start {}", low_level.display())));
@@ -222,6 +230,12 @@ fn delete(plan: &Plan, settings: &Settings, nvml: &Nvml, env: &[OsString], pipe:
         tracing::error!("after delete: {}", report::sentence(&error));
     }
     code
+}
+
+/// Has the poststop hook of a container with a lease leave its end to us.
+fn leased(plan: &Plan, settings: &Settings, nvml: &Nvml) -> Option<File> {
+    let engine = Engine::open(settings, nvml).ok()?;
+    engine.take_end(&engine.lease_of(plan.root.as_deref(), plan.id.as_ref()?.to_str()?).ok()??.token)
 }
 
 fn release_after_delete(plan: &Plan, settings: &Settings, nvml: &Nvml, deleted: bool) -> Result<()> {

@@ -277,6 +277,14 @@ impl Store {
         fs::rename(self.intent(token, "ready"), self.intent(token, "released")).is_ok()
     }
 
+    /// Takes it upon this process to release what `token` holds when the runtime has deleted its container: as long as that
+    /// file is open, the poststop hook leaves it to us ([`crate::first::hook`]). `None`: somebody else has, or it is over.
+    pub fn take_end(&self, token: &str) -> Option<File> {
+        let options = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).to_owned();
+        let file = options.open(self.intent(token, "ready")).ok()?;
+        file.try_lock().is_ok().then_some(file)
+    }
+
     /// Whether the end of that token's holder was announced.
     pub fn announced(&self, token: &str) -> bool {
         self.intent(token, "released").exists()

@@ -300,6 +300,47 @@ fn delete_releases_when_the_runtime_says_so_or_the_container_is_over() {
     world.assert_clean("after a failed delete of a dead container");
 }
 
+/// A low-level runtime that deletes as runc does: it calls the poststop hook, notes what is left, and does `more`.
+fn deleting_runtime(world: &World, more: &str) {
+    let (hook, config, dir) = (binaries().join("mig-hook"), world.config(), world.path(""));
+    let (hook, config, dir) = (hook.display(), config.display(), dir.display());
+    let runtime = world.script(
+        "rt/runc",
+        &format!(
+            "case \" $* \" in *' delete '*) ;; *) exit 0 ;; esac\n\
+             token=$(basename {dir}/state/leases/*.json .json)\n\
+             echo '{{\"ociVersion\": \"1.0.2\", \"id\": \"c1\", \"status\": \"stopped\", \"bundle\": \"/b\"}}' |\n\
+             {hook} --config {config} poststop --lease \"$token\" || exit 9\n\
+             ls {dir}/state/leases {dir}/state/intents > {dir}/rt/left\n{more}"
+        ),
+    );
+    world.settings(&format!("[runtime]\npath = \"{}\"", runtime.display()));
+}
+
+#[test]
+fn the_poststop_hook_leaves_the_end_to_the_delete_that_waits_for_the_runtime() {
+    let world = World::new(&["a30-24gb"]);
+    deleting_runtime(&world, "");
+    let (_, init) = world.living("c1", &config(profile("1g.6gb"), &[]));
+    drop(init);
+    assert_eq!(code(&delete(&world, "c1")), 0);
+    let left = world.recorded("left").unwrap();
+    assert!(left.contains(".json") && left.contains(".ready"), "the hook has not touched it: {left}");
+    world.assert_clean("after delete");
+}
+
+#[test]
+fn a_delete_that_is_killed_when_the_hook_has_left_the_end_to_it_is_made_good() {
+    let world = World::new(&["a30-24gb"]);
+    deleting_runtime(&world, "kill -9 $PPID");
+    let (_, init) = world.living("c1", &config(profile("1g.6gb"), &[]));
+    drop(init);
+    assert!(!delete(&world, "c1").status.success());
+    assert_eq!(world.lease()["state"], "active");
+    assert!(world.migctl(&["gc"]).status.success());
+    world.assert_clean("after gc");
+}
+
 #[test]
 fn a_living_holder_of_the_device_keeps_the_slice_over_a_failed_delete() {
     let world = World::new(&["a100-sxm4-80gb"]);
