@@ -9,6 +9,7 @@ use crate::abi::{Array, Handle, In, InText, Out, Target, Text, exports, exports_
 use crate::board::{Board, CiProfile, GiProfile, Span};
 use crate::code::{self, Code, Outcome};
 use crate::load;
+use crate::optional;
 use crate::rules;
 use crate::session::{self, Call, Device, ci, ci_handle, gi, gi_handle, mig_devices, mig_gpu};
 use crate::state::Gi;
@@ -23,12 +24,7 @@ pub(crate) const MIB: u64 = 1 << 20;
 /// The names of all calls that answer with a code, in the order in which they are counted.
 pub fn names() -> Vec<&'static str> {
     let inits = ["nvmlInit_v2", "nvmlInit", "nvmlInitWithFlags"];
-    // Last, so that the counts of a library without them are read aright.
-    #[cfg(not(feature = "old-driver"))]
-    let optional = crate::optional::NAMES;
-    #[cfg(feature = "old-driver")]
-    let optional = &[];
-    inits.iter().chain(NAMES).chain(stubs::NAMES).chain(optional).copied().collect()
+    inits.iter().chain(NAMES).chain(optional::NAMES).chain(stubs::NAMES).copied().collect()
 }
 
 exports_bare! {

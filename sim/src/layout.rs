@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::board::Board;
+use crate::branch;
 use crate::driver::{self, Part, Tree};
+use crate::hide::hide;
 use crate::state::{
     AmpereReset, Config, Gpu, GpuConfig, IdMap, Majors, State, UuidFormat, ci_cap_minor, gi_cap_minor, uuid5,
 };
@@ -35,8 +37,8 @@ pub struct Spec {
     pub id_maps: Vec<IdMap>,
     /// Device minors in NVML index order; 0, 1, … when empty.
     pub minors: Vec<u32>,
-    /// How MIG devices are named.
-    pub uuid_format: UuidFormat,
+    /// How MIG devices are named; as the driver version does when absent.
+    pub uuid_format: Option<UuidFormat>,
     /// Ampere mode switching.
     pub ampere_reset: AmpereReset,
     /// For example `580.95.05`.
@@ -77,6 +79,8 @@ pub fn create(dir: &Path, spec: Spec) -> Result<Vec<String>> {
     } else {
         fs::copy(&spec.library, &library).with_context(copying)?;
     }
+    age(&library, branch(&config.driver_version)?)
+        .with_context(|| format!("fitting {} to its driver", library.display()))?;
     let gpus = config.gpus.iter().map(|_| Gpu::new(spec.mig)).collect();
     let state = State { births: 0, gpus, holds: Vec::new() };
     proc(dir, &config, &real).context("writing the proc tree")?;
@@ -96,6 +100,7 @@ pub fn clear_cap_nodes(dir: &Path) -> Result<()> {
 
 fn config(spec: &Spec, majors: Majors) -> Result<Config> {
     let count = spec.boards.len();
+    let branch = branch(&spec.driver_version)?;
     ensure!((1..=CAPS.0 as usize).contains(&count), "a machine has 1 to {} GPUs; give --gpu that many times", CAPS.0);
     let minors: Vec<u32> = if spec.minors.is_empty() { (0..count as u32).collect() } else { spec.minors.clone() };
     ensure!(minors.len() == count, "--minors names {} GPUs, but there are {count}; name each once", minors.len());
@@ -112,6 +117,8 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
     let mut boards: Vec<Board> = Vec::new();
     let mut gpus = Vec::new();
     for (index, board) in spec.boards.iter().enumerate() {
+        let first = branch::first_for(&board.architecture);
+        ensure!(branch >= first, "driver {branch} does not know {}; use {first} or later", board.architecture);
         let known = boards.iter().position(|known| known.key == board.key);
         let place = known.unwrap_or(boards.len());
         if known.is_none() {
@@ -128,9 +135,9 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
     }
     Ok(Config {
         root: "../..".into(),
-        cuda_version: cuda_version(&spec.driver_version)?,
+        cuda_version: cuda_version(branch)?,
         driver_version: spec.driver_version.clone(),
-        uuid_format: spec.uuid_format,
+        uuid_format: spec.uuid_format.unwrap_or(if branch < 470 { UuidFormat::Old } else { UuidFormat::New }),
         ampere_reset: spec.ampere_reset,
         majors,
         boards,
@@ -139,13 +146,22 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
     })
 }
 
-fn cuda_version(driver: &str) -> Result<i32> {
-    let major: u32 = driver
-        .split('.')
-        .next()
-        .unwrap_or_default()
-        .parse()
-        .with_context(|| format!("`{driver}` is no driver version; write it like 580.95.05"))?;
+fn branch(version: &str) -> Result<u32> {
+    branch::of_version(version).with_context(|| format!("`{version}` is no driver version; write it like 580.95.05"))
+}
+
+/// Takes the calls out of a library that its driver lacks.
+fn age(library: &Path, branch: u32) -> Result<()> {
+    let missing = branch::missing(branch);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut image = fs::read(library)?;
+    hide(&mut image, &missing)?;
+    Ok(fs::write(library, image)?)
+}
+
+fn cuda_version(branch: u32) -> Result<i32> {
     let newest = [
         (450, 11000),
         (455, 11010),
@@ -169,8 +185,8 @@ fn cuda_version(driver: &str) -> Result<i32> {
         (580, 13000),
         (590, 13010),
     ];
-    let found = newest.iter().rev().find(|(from, _)| *from <= major);
-    found.map(|(_, cuda)| *cuda).with_context(|| format!("driver {driver} knows no MIG; use 450 or later"))
+    let found = newest.iter().rev().find(|(from, _)| *from <= branch);
+    found.map(|(_, cuda)| *cuda).with_context(|| format!("driver {branch} knows no MIG; use 450 or later"))
 }
 
 /// Name and number of the character devices in a `/proc/devices`.
@@ -351,9 +367,9 @@ mod tests {
 
     #[test]
     fn the_cuda_version_follows_the_driver() {
-        assert_eq!(cuda_version("535.104.05").unwrap(), 12020);
-        assert_eq!(cuda_version("580.95.05").unwrap(), 13000);
-        cuda_version("440.33").unwrap_err();
-        cuda_version("new").unwrap_err();
+        assert_eq!(cuda_version(branch("535.104.05").unwrap()).unwrap(), 12020);
+        assert_eq!(cuda_version(branch("580.95.05").unwrap()).unwrap(), 13000);
+        cuda_version(440).unwrap_err();
+        branch("new").unwrap_err();
     }
 }

@@ -2,22 +2,20 @@
 //! the rules by which the driver cuts GPUs into MIG instances. See `README.md`.
 
 #![deny(unsafe_code)]
-// An old driver needs less of what lies below the calls.
-#![cfg_attr(feature = "old-driver", allow(dead_code))]
 
 mod abi;
 pub mod board;
+pub mod branch;
 pub mod calls;
 pub mod code;
 pub mod driver;
 pub mod elf;
 pub mod fault;
-#[cfg(not(feature = "old-driver"))]
 mod gpm;
+pub mod hide;
 pub mod layout;
 pub mod ldcache;
 pub mod load;
-#[cfg(not(feature = "old-driver"))]
 mod optional;
 pub mod report;
 pub mod rules;

@@ -1,4 +1,4 @@
-//! The calls that some driver lacks. The feature `old-driver` leaves them all out.
+//! The calls that a client can do without. Some driver lacks some of them: see `branch`.
 
 use std::ffi::c_uint;
 
@@ -53,15 +53,61 @@ exports! {
         memory.put(nvml::nvmlMemory_v2_t { version: MEMORY_V2, total, reserved: 0, free: total - used, used })
     }
 
+    fn nvmlDeviceGetComputeRunningProcesses(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v1_t>,
+    ) |call| {
+        let now = call.now()?;
+        let found = processes(call, &now.state, call.device(&now.state, device)?);
+        let short = |one: &nvml::nvmlProcessInfo_v2_st| nvml::nvmlProcessInfo_v1_t {
+            pid: one.pid,
+            usedGpuMemory: one.usedGpuMemory,
+        };
+        list(&found.iter().map(short).collect::<Vec<_>>(), &count, &infos)
+    }
+
+    fn nvmlDeviceGetComputeRunningProcesses_v2(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
+    ) |call| {
+        let now = call.now()?;
+        list(&processes(call, &now.state, call.device(&now.state, device)?), &count, &infos)
+    }
+
     fn nvmlDeviceGetComputeRunningProcesses_v3(
         device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
     ) |call| {
         let now = call.now()?;
-        let device = call.device(&now.state, device)?;
-        list(&processes(call, &now.state, device), &count, &infos)
+        list(&processes(call, &now.state, call.device(&now.state, device)?), &count, &infos)
+    }
+
+    fn nvmlDeviceGetGraphicsRunningProcesses(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v1_t>,
+    ) |call| {
+        parent(call, device)?;
+        list(&[], &count, &infos)
+    }
+
+    fn nvmlDeviceGetGraphicsRunningProcesses_v2(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
+    ) |call| {
+        parent(call, device)?;
+        list(&[], &count, &infos)
     }
 
     fn nvmlDeviceGetGraphicsRunningProcesses_v3(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
+    ) |call| {
+        parent(call, device)?;
+        list(&[], &count, &infos)
+    }
+
+    fn nvmlDeviceGetMPSComputeRunningProcesses(
+        device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v1_t>,
+    ) |call| {
+        parent(call, device)?;
+        list(&[], &count, &infos)
+    }
+
+    fn nvmlDeviceGetMPSComputeRunningProcesses_v2(
         device: Handle, count: Out<c_uint>, infos: Array<nvml::nvmlProcessInfo_v2_st>,
     ) |call| {
         parent(call, device)?;

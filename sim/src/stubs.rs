@@ -312,12 +312,6 @@ exports! {
     fn nvmlDeviceGetGridLicensableFeatures_v3() |_call| { refuse() }
     fn nvmlDeviceRemoveGpu() |_call| { refuse() }
     fn nvmlEventSetWait() |_call| { refuse() }
-    fn nvmlDeviceGetComputeRunningProcesses() |_call| { refuse() }
-    fn nvmlDeviceGetComputeRunningProcesses_v2() |_call| { refuse() }
-    fn nvmlDeviceGetGraphicsRunningProcesses() |_call| { refuse() }
-    fn nvmlDeviceGetGraphicsRunningProcesses_v2() |_call| { refuse() }
-    fn nvmlDeviceGetMPSComputeRunningProcesses() |_call| { refuse() }
-    fn nvmlDeviceGetMPSComputeRunningProcesses_v2() |_call| { refuse() }
     fn nvmlVgpuInstanceGetLicenseInfo() |_call| { refuse() }
     fn nvmlDeviceGetDriverModel() |_call| { refuse() }
 }

@@ -1,6 +1,5 @@
 //! The behaviours that a client may rely on, through the C ABI of a machine's own copy of the library.
 
-#![cfg(not(feature = "old-driver"))]
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;

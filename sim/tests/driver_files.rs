@@ -1,7 +1,6 @@
 //! The driver tree, and what its library shows where the machine's files are not.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unsafe_code)]
-#![cfg(not(feature = "old-driver"))]
 
 mod common;
 

@@ -50,10 +50,10 @@ enum Command {
         /// Device minors in NVML index order, for example 1,0,2.
         #[arg(long, value_delimiter = ',')]
         minors: Vec<u32>,
-        /// How MIG devices are named: as since R470, or as before.
-        #[arg(long, value_enum, default_value = "new")]
-        uuid_format: Format,
-        /// Driver version to report.
+        /// How MIG devices are named: as since R470, or as before; by the driver version when not given.
+        #[arg(long, value_enum)]
+        uuid_format: Option<Format>,
+        /// Driver version to report. The library has the calls that this driver has, as far as 470, 535 and 580 go.
         #[arg(long, default_value = "580.95.05")]
         driver_version: String,
         /// Whether SetMigMode resets an idle Ampere GPU itself, or leaves the mode pending.
@@ -364,10 +364,10 @@ fn run(command: Command) -> Result<()> {
                     })
                     .collect(),
                 minors,
-                uuid_format: match uuid_format {
+                uuid_format: uuid_format.map(|format| match format {
                     Format::New => UuidFormat::New,
                     Format::Old => UuidFormat::Old,
-                },
+                }),
                 ampere_reset: match ampere_reset {
                     Reset::Manual => AmpereReset::Manual,
                     Reset::Auto => AmpereReset::Auto,

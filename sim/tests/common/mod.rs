@@ -137,7 +137,6 @@ impl Lib {
         device
     }
 
-    #[cfg(not(feature = "old-driver"))]
     pub fn create_gi(&self, device: nvmlDevice_t, profile: u32) -> Answer<nvmlGpuInstance_t> {
         let mut gi = null_mut();
         answer(call!(self, nvmlDeviceCreateGpuInstance(device, profile, &mut gi)), gi)
@@ -198,14 +197,12 @@ impl Lib {
     }
 
     /// The MIG device handle at an index.
-    #[cfg(not(feature = "old-driver"))]
     pub fn mig(&self, device: nvmlDevice_t, index: u32) -> Answer<nvmlDevice_t> {
         let mut mig = null_mut();
         answer(call!(self, nvmlDeviceGetMigDeviceHandleByIndex(device, index, &mut mig)), mig)
     }
 
     /// GI id and CI id of all MIG devices in index order.
-    #[cfg(not(feature = "old-driver"))]
     pub fn migs(&self, device: nvmlDevice_t) -> Vec<(u32, u32)> {
         (0..7)
             .map_while(|index| self.mig(device, index).ok())
@@ -218,14 +215,12 @@ impl Lib {
             .collect()
     }
 
-    #[cfg(not(feature = "old-driver"))]
     pub fn set_mode(&self, device: nvmlDevice_t, on: u32) -> Answer<u32> {
         let mut status = 99;
         answer(call!(self, nvmlDeviceSetMigMode(device, on, &mut status)), status)
     }
 
     /// Process, GI id and CI id of all clients.
-    #[cfg(not(feature = "old-driver"))]
     pub fn processes(&self, device: nvmlDevice_t) -> Answer<Vec<(u32, u32, u32)>> {
         let (mut count, mut room) = (8, [zeroed::<nvmlProcessInfo_v2_st>(); 8]);
         let code = call!(self, nvmlDeviceGetComputeRunningProcesses_v3(device, &mut count, room.as_mut_ptr().cast()));
