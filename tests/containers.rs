@@ -115,6 +115,11 @@ impl Site {
 
     /// The same with more options for `nvml-sim create`.
     fn with(engines: &[&str], options: &[&str]) -> Option<Site> {
+        Site::of(&DEMO, engines, options)
+    }
+
+    /// The same with these boards.
+    fn of(boards: &[&str], engines: &[&str], options: &[&str]) -> Option<Site> {
         let dir = match WORLD.as_ref() {
             Ok(dir) => dir.clone(),
             Err(why) => return skip(why),
@@ -129,7 +134,7 @@ impl Site {
         if let Some(missing) = ["runc"].iter().chain(engines).find(|engine| !there(engine)) {
             return skip(&format!("{missing} is not installed or does not work here"));
         }
-        let site = Site { world: World::with(&DEMO, options), dir };
+        let site = Site { world: World::with(boards, options), dir };
         site.settings(&format!("[runtime]\npath = \"{}\"", installed("runc").display()));
         let hook = include_str!("../hooks/mig-hook-precreate.json.in");
         let mut hook: Value = serde_json::from_str(hook).unwrap();

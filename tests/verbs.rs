@@ -39,6 +39,8 @@ mod list;
 mod map;
 #[path = "verbs/metrics.rs"]
 mod metrics;
+#[path = "verbs/old_drivers.rs"]
+mod old_drivers;
 #[path = "verbs/plan.rs"]
 mod plan;
 #[path = "verbs/profiles.rs"]

@@ -1,8 +1,21 @@
 //! Which calls the library of a driver branch has.
 //!
-//! R470: the names in NVIDIA's Python bindings of that branch (nvidia-ml-py 11.470.66), and the older names that headers keep for
-//! programs built before. R535: the header of CUDA 12.2. All of the header of CUDA 13.0: R580. A branch in between has what is
-//! certain: the calls of the older one.
+//! R460 and R470: the names in NVIDIA's Python bindings of these branches (nvidia-ml-py 11.460.79 and 11.470.66), and the older
+//! names that headers keep for programs built before. R535: the header of CUDA 12.2. All of the header of CUDA 13.0: R580. A
+//! branch in between has what is certain: the calls of the older one. Before R460 it has those of R460.
+
+/// Calls that came after R460, in R470 at the latest.
+const AFTER_460: [&str; 9] = [
+    "nvmlDeviceGetClkMonStatus",
+    "nvmlDeviceGetGpuInstancePossiblePlacements_v2",
+    "nvmlDeviceGetGridLicensableFeatures_v4",
+    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
+    "nvmlDeviceGetNvLinkRemoteDeviceType",
+    "nvmlDeviceResetMemoryLockedClocks",
+    "nvmlDeviceSetMemoryLockedClocks",
+    "nvmlGetExcludedDeviceCount",
+    "nvmlGetExcludedDeviceInfoByIndex",
+];
 
 /// Calls that came after R470, in R535 at the latest.
 const AFTER_470: [&str; 76] = [
@@ -164,9 +177,8 @@ pub fn of_version(version: &str) -> Option<u32> {
 
 /// The calls that the library of a branch lacks.
 pub fn missing(branch: u32) -> Vec<&'static str> {
-    let late: &[&str] = if branch < 535 { &AFTER_470 } else { &[] };
-    let later: &[&str] = if branch < 580 { &AFTER_535 } else { &[] };
-    [late, later].concat()
+    let lists: [(u32, &[&str]); 3] = [(470, &AFTER_460), (535, &AFTER_470), (580, &AFTER_535)];
+    lists.iter().filter(|(first, _)| branch < *first).flat_map(|(_, calls)| *calls).copied().collect()
 }
 
 /// The first branch that drives boards of an architecture: Hopper came with CUDA 11.8, Blackwell with CUDA 12.8.
@@ -188,13 +200,14 @@ mod tests {
         assert_eq!(missing(580), [""; 0]);
         let (old, newer) = (missing(470), missing(535));
         assert!(newer.iter().all(|call| old.contains(call)) && newer.len() < old.len());
-        assert_eq!((missing(450), missing(550)), (old, newer));
+        assert_eq!((missing(525), missing(550)), (old.clone(), newer));
+        assert!(old.iter().all(|call| missing(450).contains(call)));
     }
 
     #[test]
     fn the_lists_name_calls_of_ours_once() {
         let known = calls::names();
-        let all = missing(470);
+        let all = missing(450);
         for (place, call) in all.iter().enumerate() {
             assert!(known.contains(call) && !all[..place].contains(call), "{call}");
         }
@@ -207,6 +220,8 @@ mod tests {
         for call in ["nvmlDeviceGetGpuInstanceProfileInfoV", "nvmlDeviceGetMemoryInfo_v2", "nvmlGpmMigSampleGet"] {
             assert!(lacks(470, call) && !lacks(535, call), "{call}");
         }
+        let placements = "nvmlDeviceGetGpuInstancePossiblePlacements_v2";
+        assert!(lacks(460, placements) && !lacks(470, placements));
         for call in ["nvmlDeviceGetGpuInstanceProfileInfoByIdV", "nvmlDeviceGetHandleByUUIDV"] {
             assert!(lacks(535, call) && !lacks(580, call), "{call}");
         }

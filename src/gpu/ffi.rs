@@ -682,16 +682,31 @@ impl Library {
         self.check(f.name, code)
     }
 
-    /// Processes on a GPU, each once; none where the driver can't tell.
+    /// Processes on a GPU, each once; none where the driver can't tell. Before R510 the second form of the calls is the newest;
+    /// its lists are laid out like the third's.
     pub(super) fn processes(&self, device: &DeviceHandle<'_>) -> Result<Vec<GpuProcess>, GpuError> {
         let lib = self.nvml.lib();
         let lists = [
-            ("nvmlDeviceGetComputeRunningProcesses_v3", &lib.nvmlDeviceGetComputeRunningProcesses_v3),
-            ("nvmlDeviceGetGraphicsRunningProcesses_v3", &lib.nvmlDeviceGetGraphicsRunningProcesses_v3),
-            ("nvmlDeviceGetMPSComputeRunningProcesses_v3", &lib.nvmlDeviceGetMPSComputeRunningProcesses_v3),
+            (
+                "nvmlDeviceGetComputeRunningProcesses",
+                &lib.nvmlDeviceGetComputeRunningProcesses_v3,
+                &lib.nvmlDeviceGetComputeRunningProcesses_v2,
+            ),
+            (
+                "nvmlDeviceGetGraphicsRunningProcesses",
+                &lib.nvmlDeviceGetGraphicsRunningProcesses_v3,
+                &lib.nvmlDeviceGetGraphicsRunningProcesses_v2,
+            ),
+            (
+                "nvmlDeviceGetMPSComputeRunningProcesses",
+                &lib.nvmlDeviceGetMPSComputeRunningProcesses_v3,
+                &lib.nvmlDeviceGetMPSComputeRunningProcesses_v2,
+            ),
         ];
         let mut found: Vec<GpuProcess> = Vec::new();
-        for (name, call) in lists.iter().filter_map(|(name, call)| Some((*name, call.as_ref().ok()?))) {
+        for (name, call) in
+            lists.iter().filter_map(|(name, new, old)| Some((*name, new.as_ref().or(old.as_ref()).ok()?)))
+        {
             let empty = nvmlProcessInfo_t { pid: 0, usedGpuMemory: 0, gpuInstanceId: 0, computeInstanceId: 0 };
             let list = self.fill(name, empty, |buffer, count| {
                 // SAFETY: the handle is this library's; `count` says how many entries `buffer` has room for.

@@ -93,6 +93,14 @@ fn runc_create_start_delete() {
 }
 
 #[test]
+fn runc_with_the_calls_of_old_drivers() {
+    for version in ["470.256.02", "535.261.03"] {
+        let site = Site::of(&["a100-sxm4-80gb"; 3], &["runc"], &["--driver-version", version]);
+        created_started_and_deleted(site, "runc");
+    }
+}
+
+#[test]
 fn crun_create_start_delete() {
     created_started_and_deleted(Site::new(&["crun"]), "crun");
 }

@@ -158,7 +158,10 @@ fn version_check(facts: &Facts, module: Option<&str>) -> Option<Check> {
     old.then(|| {
         Check::warn(
             id,
-            format!("driver {module} is older than branch {OLDEST}, the oldest that is supported"),
+            format!(
+                "driver {module} is older than branch {OLDEST}, the oldest that is supported: slices are cut and given back \
+                 there, but memory in use counts what the driver keeps for itself"
+            ),
             format!("install a driver of branch {OLDEST} or newer, then reboot"),
         )
     })
