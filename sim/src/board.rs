@@ -132,6 +132,31 @@ pub struct Unsourced {
     pub name: String,
 }
 
+/// What a whole board is built for, as its data sheet and nvidia-smi say it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Figures {
+    /// CUDA cores.
+    pub cores: u32,
+    /// Width of the memory interface.
+    pub memory_bus_bits: u32,
+    /// PCI Express.
+    pub pcie_generation: u32,
+    /// Highest clock of the multiprocessors.
+    pub max_sm_mhz: u32,
+    /// Clock of the multiprocessors while nothing runs: the lowest.
+    pub idle_sm_mhz: u32,
+    /// Clock of the memory: it has one.
+    pub memory_mhz: u32,
+    /// Clocks of the video engines, while nothing runs and highest; unknown where nobody has published them.
+    #[serde(default)]
+    pub video_mhz: Option<(u32, u32)>,
+    /// Lowest power limit that can be set.
+    pub min_watts: u32,
+    /// Highest power limit, and the default.
+    pub max_watts: u32,
+}
+
 /// A GPU model.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Board {
@@ -153,6 +178,9 @@ pub struct Board {
     pub max_mig_devices: u32,
     /// How the mode switches.
     pub mode: ModeRule,
+    /// Figures of the whole board; unknown where nobody has published them.
+    #[serde(default)]
+    pub figures: Option<Figures>,
     /// Media engines that the instances share out; unknown where the full-size profile is unsourced.
     pub engines: Option<Engines>,
     /// Usable profiles.
@@ -200,6 +228,7 @@ struct Raw {
     placement_grid: Option<u32>,
     max_mig_devices: u32,
     mig_mode: String,
+    figures: Option<Figures>,
     profiles: Vec<RawProfile>,
 }
 
@@ -299,6 +328,7 @@ impl Raw {
             } else {
                 ModeRule::Immediate
             },
+            figures: self.figures,
             engines,
             unsourced: self
                 .profiles

@@ -8,6 +8,7 @@ use nvml_wrapper_sys::bindings as nvml;
 use crate::abi::{Array, Handle, In, InText, Out, Target, Text, exports, exports_bare, name_field};
 use crate::board::{Board, CiProfile, GiProfile, Span};
 use crate::code::{self, Code, Outcome};
+use crate::idle;
 use crate::load;
 use crate::optional;
 use crate::rules;
@@ -24,7 +25,7 @@ pub(crate) const MIB: u64 = 1 << 20;
 /// The names of all calls that answer with a code, in the order in which they are counted.
 pub fn names() -> Vec<&'static str> {
     let inits = ["nvmlInit_v2", "nvmlInit", "nvmlInitWithFlags"];
-    inits.iter().chain(NAMES).chain(optional::NAMES).chain(stubs::NAMES).copied().collect()
+    inits.iter().chain(NAMES).chain(optional::NAMES).chain(idle::NAMES).chain(stubs::NAMES).copied().collect()
 }
 
 exports_bare! {
@@ -147,16 +148,6 @@ exports! {
     fn nvmlDeviceGetPersistenceMode(device: Handle, mode: Out<c_uint>) |call| {
         let gpu = parent(call, device)?;
         mode.put(call.now()?.state.gpus[gpu].persistence.into())
-    }
-
-    fn nvmlDeviceGetTemperature(device: Handle, _sensor: c_uint, celsius: Out<c_uint>) |call| {
-        call.gpu(device)?;
-        celsius.put(30)
-    }
-
-    fn nvmlDeviceGetPowerUsage(device: Handle, milliwatts: Out<c_uint>) |call| {
-        call.gpu(device)?;
-        milliwatts.put(50_000)
     }
 
     fn nvmlDeviceGetUtilizationRates(device: Handle, rates: Out<nvml::nvmlUtilization_t>) |call| {

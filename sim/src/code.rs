@@ -25,6 +25,8 @@ impl Code {
     pub const INSUFFICIENT_SIZE: Self = Self(7);
     /// `NVML_ERROR_DRIVER_NOT_LOADED`
     pub const DRIVER_NOT_LOADED: Self = Self(9);
+    /// `NVML_ERROR_TIMEOUT`
+    pub const TIMEOUT: Self = Self(10);
     /// `NVML_ERROR_RESET_REQUIRED`
     pub const RESET_REQUIRED: Self = Self(16);
     /// `NVML_ERROR_IN_USE`

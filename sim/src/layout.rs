@@ -255,9 +255,14 @@ fn information(config: &Config, gpu: &GpuConfig, board: &Board) -> String {
         "Model: \t\t {name}\nIRQ:   \t\t {irq}\nGPU UUID: \t {uuid}\nVideo BIOS: \t 92.00.36.00.02\n\
          Bus Type: \t PCIe\nDMA Size: \t 47 bits\nDMA Mask: \t 0x7fffffffffff\nBus Location: \t {bus}\n\
          Device Minor: \t {minor}\nGPU Firmware: \t {firmware}\nGPU Excluded:\t No\n",
-        irq = 100 + minor,
+        irq = irq(minor),
         firmware = config.driver_version,
     )
+}
+
+/// The interrupt of a GPU.
+pub fn irq(minor: u32) -> u32 {
+    100 + minor
 }
 
 fn devices(real: &str, majors: &Majors) -> String {

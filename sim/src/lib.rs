@@ -13,6 +13,7 @@ pub mod elf;
 pub mod fault;
 mod gpm;
 pub mod hide;
+mod idle;
 pub mod layout;
 pub mod ldcache;
 pub mod load;

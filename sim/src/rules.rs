@@ -284,21 +284,6 @@ mod tests {
     use IdMap::{Canonical, Mirrored};
 
     #[test]
-    fn published_multi_create_captures_are_reproduced() {
-        for key in ["a100-sxm4-40gb", "h100-sxm-80gb", "gh200-96gb"] {
-            assert_eq!(series(key, Canonical, &[19; 7]), ids(&[13, 11, 12, 7, 8, 9, 10]), "{key}");
-        }
-        assert_eq!(series("h100-pcie-80gb", Mirrored, &[19; 7]), ids(&[9, 7, 8, 11, 12, 13, 14]));
-        assert_eq!(series("gh200-96gb", Canonical, &[15; 3]), ids(&[5, 3, 4]));
-        assert_eq!(series("a100-sxm4-80gb", Mirrored, &[9, 5]), ids(&[1, 2]));
-        assert_eq!(series("a100-sxm4-80gb", Mirrored, &[14, 14, 19]), ids(&[3, 5, 9]));
-        assert_eq!(
-            series("a100-sxm4-40gb", Canonical, &[19, 19, 14, 9]),
-            [Ok(13), Ok(11), Ok(3), Err(Code::INSUFFICIENT_RESOURCES)]
-        );
-    }
-
-    #[test]
     fn both_id_maps_cover_every_placement_once() {
         let starts = |map, size: u32, starts: &[u32]| -> Vec<u32> {
             starts.iter().map(|&start| gi_id(8, map, Span { start, size }).unwrap()).collect()

@@ -4,10 +4,7 @@ use crate::abi::exports;
 
 // Arguments are left where the caller put them.
 exports! {
-    fn nvmlSystemGetHicVersion() |_call| { refuse() }
-    fn nvmlSystemGetTopologyGpuSet() |_call| { refuse() }
     fn nvmlSystemGetDriverBranch() |_call| { refuse() }
-    fn nvmlUnitGetCount() |_call| { refuse() }
     fn nvmlUnitGetHandleByIndex() |_call| { refuse() }
     fn nvmlUnitGetUnitInfo() |_call| { refuse() }
     fn nvmlUnitGetLedState() |_call| { refuse() }
@@ -18,16 +15,12 @@ exports! {
     fn nvmlDeviceGetHandleBySerial() |_call| { refuse() }
     fn nvmlDeviceGetModuleId() |_call| { refuse() }
     fn nvmlDeviceGetC2cModeInfoV() |_call| { refuse() }
-    fn nvmlDeviceGetMemoryAffinity() |_call| { refuse() }
-    fn nvmlDeviceGetCpuAffinityWithinScope() |_call| { refuse() }
-    fn nvmlDeviceGetCpuAffinity() |_call| { refuse() }
     fn nvmlDeviceSetCpuAffinity() |_call| { refuse() }
     fn nvmlDeviceClearCpuAffinity() |_call| { refuse() }
     fn nvmlDeviceGetNumaNodeId() |_call| { refuse() }
     fn nvmlDeviceGetAddressingMode() |_call| { refuse() }
     fn nvmlDeviceGetRepairStatus() |_call| { refuse() }
     fn nvmlDeviceGetTopologyCommonAncestor() |_call| { refuse() }
-    fn nvmlDeviceGetTopologyNearestGpus() |_call| { refuse() }
     fn nvmlDeviceGetP2PStatus() |_call| { refuse() }
     fn nvmlDeviceGetBoardPartNumber() |_call| { refuse() }
     fn nvmlDeviceGetInforomVersion() |_call| { refuse() }
@@ -35,18 +28,7 @@ exports! {
     fn nvmlDeviceGetInforomConfigurationChecksum() |_call| { refuse() }
     fn nvmlDeviceValidateInforom() |_call| { refuse() }
     fn nvmlDeviceGetLastBBXFlushTime() |_call| { refuse() }
-    fn nvmlDeviceGetDisplayMode() |_call| { refuse() }
-    fn nvmlDeviceGetDisplayActive() |_call| { refuse() }
     fn nvmlDeviceGetPciInfoExt() |_call| { refuse() }
-    fn nvmlDeviceGetMaxPcieLinkGeneration() |_call| { refuse() }
-    fn nvmlDeviceGetGpuMaxPcieLinkGeneration() |_call| { refuse() }
-    fn nvmlDeviceGetMaxPcieLinkWidth() |_call| { refuse() }
-    fn nvmlDeviceGetCurrPcieLinkGeneration() |_call| { refuse() }
-    fn nvmlDeviceGetCurrPcieLinkWidth() |_call| { refuse() }
-    fn nvmlDeviceGetPcieThroughput() |_call| { refuse() }
-    fn nvmlDeviceGetPcieReplayCounter() |_call| { refuse() }
-    fn nvmlDeviceGetClockInfo() |_call| { refuse() }
-    fn nvmlDeviceGetMaxClockInfo() |_call| { refuse() }
     fn nvmlDeviceGetGpcClkVfOffset() |_call| { refuse() }
     fn nvmlDeviceGetApplicationsClock() |_call| { refuse() }
     fn nvmlDeviceGetDefaultApplicationsClock() |_call| { refuse() }
@@ -61,69 +43,34 @@ exports! {
     fn nvmlDeviceGetTargetFanSpeed() |_call| { refuse() }
     fn nvmlDeviceGetMinMaxFanSpeed() |_call| { refuse() }
     fn nvmlDeviceGetFanControlPolicy_v2() |_call| { refuse() }
-    fn nvmlDeviceGetNumFans() |_call| { refuse() }
     fn nvmlDeviceGetCoolerInfo() |_call| { refuse() }
-    fn nvmlDeviceGetTemperatureV() |_call| { refuse() }
     fn nvmlDeviceGetTemperatureThreshold() |_call| { refuse() }
     fn nvmlDeviceGetMarginTemperature() |_call| { refuse() }
     fn nvmlDeviceGetThermalSettings() |_call| { refuse() }
-    fn nvmlDeviceGetPerformanceState() |_call| { refuse() }
-    fn nvmlDeviceGetCurrentClocksEventReasons() |_call| { refuse() }
-    fn nvmlDeviceGetCurrentClocksThrottleReasons() |_call| { refuse() }
-    fn nvmlDeviceGetSupportedClocksEventReasons() |_call| { refuse() }
-    fn nvmlDeviceGetSupportedClocksThrottleReasons() |_call| { refuse() }
-    fn nvmlDeviceGetPowerState() |_call| { refuse() }
     fn nvmlDeviceGetDynamicPstatesInfo() |_call| { refuse() }
     fn nvmlDeviceGetMemClkVfOffset() |_call| { refuse() }
-    fn nvmlDeviceGetMinMaxClockOfPState() |_call| { refuse() }
-    fn nvmlDeviceGetSupportedPerformanceStates() |_call| { refuse() }
     fn nvmlDeviceGetGpcClkMinMaxVfOffset() |_call| { refuse() }
     fn nvmlDeviceGetMemClkMinMaxVfOffset() |_call| { refuse() }
     fn nvmlDeviceGetClockOffsets() |_call| { refuse() }
     fn nvmlDeviceSetClockOffsets() |_call| { refuse() }
     fn nvmlDeviceGetPerformanceModes() |_call| { refuse() }
     fn nvmlDeviceGetCurrentClockFreqs() |_call| { refuse() }
-    fn nvmlDeviceGetPowerManagementMode() |_call| { refuse() }
-    fn nvmlDeviceGetPowerManagementLimit() |_call| { refuse() }
-    fn nvmlDeviceGetPowerManagementLimitConstraints() |_call| { refuse() }
-    fn nvmlDeviceGetPowerManagementDefaultLimit() |_call| { refuse() }
     fn nvmlDeviceGetPowerMizerMode_v1() |_call| { refuse() }
     fn nvmlDeviceSetPowerMizerMode_v1() |_call| { refuse() }
     fn nvmlDeviceGetTotalEnergyConsumption() |_call| { refuse() }
-    fn nvmlDeviceGetEnforcedPowerLimit() |_call| { refuse() }
     fn nvmlDeviceGetGpuOperationMode() |_call| { refuse() }
-    fn nvmlDeviceGetComputeMode() |_call| { refuse() }
     fn nvmlDeviceGetDramEncryptionMode() |_call| { refuse() }
     fn nvmlDeviceSetDramEncryptionMode() |_call| { refuse() }
     fn nvmlDeviceGetDefaultEccMode() |_call| { refuse() }
-    fn nvmlDeviceGetBoardId() |_call| { refuse() }
-    fn nvmlDeviceGetMultiGpuBoard() |_call| { refuse() }
-    fn nvmlDeviceGetTotalEccErrors() |_call| { refuse() }
     fn nvmlDeviceGetDetailedEccErrors() |_call| { refuse() }
-    fn nvmlDeviceGetEncoderUtilization() |_call| { refuse() }
     fn nvmlDeviceGetEncoderCapacity() |_call| { refuse() }
-    fn nvmlDeviceGetEncoderStats() |_call| { refuse() }
-    fn nvmlDeviceGetEncoderSessions() |_call| { refuse() }
-    fn nvmlDeviceGetDecoderUtilization() |_call| { refuse() }
-    fn nvmlDeviceGetJpgUtilization() |_call| { refuse() }
-    fn nvmlDeviceGetOfaUtilization() |_call| { refuse() }
-    fn nvmlDeviceGetFBCStats() |_call| { refuse() }
-    fn nvmlDeviceGetFBCSessions() |_call| { refuse() }
     fn nvmlDeviceGetDriverModel_v2() |_call| { refuse() }
     fn nvmlDeviceGetBridgeChipInfo() |_call| { refuse() }
     fn nvmlDeviceGetRunningProcessDetailList() |_call| { refuse() }
     fn nvmlDeviceOnSameBoard() |_call| { refuse() }
     fn nvmlDeviceGetAPIRestriction() |_call| { refuse() }
     fn nvmlDeviceGetSamples() |_call| { refuse() }
-    fn nvmlDeviceGetViolationStatus() |_call| { refuse() }
-    fn nvmlDeviceGetIrqNum() |_call| { refuse() }
-    fn nvmlDeviceGetNumGpuCores() |_call| { refuse() }
-    fn nvmlDeviceGetPowerSource() |_call| { refuse() }
-    fn nvmlDeviceGetMemoryBusWidth() |_call| { refuse() }
-    fn nvmlDeviceGetPcieLinkMaxSpeed() |_call| { refuse() }
-    fn nvmlDeviceGetPcieSpeed() |_call| { refuse() }
     fn nvmlDeviceGetAdaptiveClockInfoStatus() |_call| { refuse() }
-    fn nvmlDeviceGetBusType() |_call| { refuse() }
     fn nvmlDeviceGetGpuFabricInfo() |_call| { refuse() }
     fn nvmlDeviceGetGpuFabricInfoV() |_call| { refuse() }
     fn nvmlSystemGetConfComputeCapabilities() |_call| { refuse() }
@@ -138,14 +85,8 @@ exports! {
     fn nvmlSystemSetConfComputeGpusReadyState() |_call| { refuse() }
     fn nvmlSystemSetConfComputeKeyRotationThresholdInfo() |_call| { refuse() }
     fn nvmlSystemGetConfComputeSettings() |_call| { refuse() }
-    fn nvmlDeviceGetGspFirmwareVersion() |_call| { refuse() }
-    fn nvmlDeviceGetGspFirmwareMode() |_call| { refuse() }
     fn nvmlDeviceGetSramEccErrorStatus() |_call| { refuse() }
     fn nvmlDeviceSetPowerManagementLimit_v2() |_call| { refuse() }
-    fn nvmlDeviceGetAccountingMode() |_call| { refuse() }
-    fn nvmlDeviceGetAccountingStats() |_call| { refuse() }
-    fn nvmlDeviceGetAccountingPids() |_call| { refuse() }
-    fn nvmlDeviceGetAccountingBufferSize() |_call| { refuse() }
     fn nvmlDeviceGetRetiredPages() |_call| { refuse() }
     fn nvmlDeviceGetRetiredPages_v2() |_call| { refuse() }
     fn nvmlDeviceGetRetiredPagesPendingStatus() |_call| { refuse() }
@@ -200,22 +141,13 @@ exports! {
     fn nvmlDeviceGetNvlinkBwMode() |_call| { refuse() }
     fn nvmlDeviceSetNvlinkBwMode() |_call| { refuse() }
     fn nvmlDeviceGetNvLinkInfo() |_call| { refuse() }
-    fn nvmlEventSetCreate() |_call| { refuse() }
-    fn nvmlDeviceRegisterEvents() |_call| { refuse() }
-    fn nvmlDeviceGetSupportedEventTypes() |_call| { refuse() }
-    fn nvmlEventSetWait_v2() |_call| { refuse() }
-    fn nvmlEventSetFree() |_call| { refuse() }
     fn nvmlSystemEventSetCreate() |_call| { refuse() }
     fn nvmlSystemEventSetFree() |_call| { refuse() }
     fn nvmlSystemRegisterEvents() |_call| { refuse() }
     fn nvmlSystemEventSetWait() |_call| { refuse() }
     fn nvmlDeviceModifyDrainState() |_call| { refuse() }
-    fn nvmlDeviceQueryDrainState() |_call| { refuse() }
     fn nvmlDeviceRemoveGpu_v2() |_call| { refuse() }
-    fn nvmlDeviceDiscoverGpus() |_call| { refuse() }
-    fn nvmlDeviceGetFieldValues() |_call| { refuse() }
     fn nvmlDeviceClearFieldValues() |_call| { refuse() }
-    fn nvmlDeviceGetVirtualizationMode() |_call| { refuse() }
     fn nvmlDeviceGetHostVgpuMode() |_call| { refuse() }
     fn nvmlDeviceSetVirtualizationMode() |_call| { refuse() }
     fn nvmlDeviceGetVgpuHeterogeneousMode() |_call| { refuse() }
@@ -291,8 +223,6 @@ exports! {
     fn nvmlVgpuInstanceGetAccountingStats() |_call| { refuse() }
     fn nvmlVgpuInstanceClearAccountingPids() |_call| { refuse() }
     fn nvmlVgpuInstanceGetLicenseInfo_v2() |_call| { refuse() }
-    fn nvmlGetExcludedDeviceCount() |_call| { refuse() }
-    fn nvmlGetExcludedDeviceInfoByIndex() |_call| { refuse() }
     fn nvmlDeviceReadWritePRM_v1() |_call| { refuse() }
     fn nvmlGpmSampleGet() |_call| { refuse() }
     fn nvmlGpmQueryIfStreamingEnabled() |_call| { refuse() }
