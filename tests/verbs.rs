@@ -41,6 +41,8 @@ mod map;
 mod metrics;
 #[path = "verbs/old_drivers.rs"]
 mod old_drivers;
+#[path = "verbs/own_board.rs"]
+mod own_board;
 #[path = "verbs/plan.rs"]
 mod plan;
 #[path = "verbs/profiles.rs"]

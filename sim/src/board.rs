@@ -5,7 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// A run of slices, in the unit that the driver counts in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Span {
     /// First slice.
     pub start: u32,
@@ -38,6 +39,7 @@ pub enum ModeRule {
 
 /// Media engines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Engines {
     /// NVDEC.
     pub decoders: u32,
@@ -68,6 +70,7 @@ impl Engines {
 
 /// A compute-instance profile within one GPU-instance profile.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CiProfile {
     /// Driver id, which for compute instances equals the enum index.
     pub id: u32,
@@ -87,6 +90,7 @@ pub struct CiProfile {
 
 /// A GPU-instance profile whose numbers are all known.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GiProfile {
     /// Driver id: what create, placement and list calls take.
     pub id: u32,
@@ -123,6 +127,7 @@ impl GiProfile {
 
 /// A profile that a board is known to have but whose numbers nobody has published.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Unsourced {
     /// Driver id.
     pub id: u32,
@@ -159,6 +164,7 @@ pub struct Figures {
 
 /// A GPU model.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Board {
     /// For example `a100-sxm4-80gb`.
     pub key: String,
@@ -186,10 +192,21 @@ pub struct Board {
     /// Usable profiles.
     pub profiles: Vec<GiProfile>,
     /// Profiles that exist but answer `NOT_SUPPORTED` here.
+    #[serde(default)]
     pub unsourced: Vec<Unsourced>,
 }
 
 impl Board {
+    /// Whether it counts in eighths, halves of them and so on, as all boards with 7 compute slices do.
+    pub fn eighths(&self) -> bool {
+        self.grid == 8 && self.places().all(|span| matches!(span.size, 1 | 2 | 4 | 8))
+    }
+
+    /// Where instances may lie: the placements of all usable profiles.
+    pub fn places(&self) -> impl Iterator<Item = Span> {
+        self.profiles.iter().flat_map(|profile| profile.placements.iter().copied())
+    }
+
     /// The usable profile with this driver id.
     pub fn profile(&self, id: u32) -> Option<&GiProfile> {
         self.profiles.iter().find(|profile| profile.id == id)

@@ -1,8 +1,8 @@
 //! Which calls the library of a driver branch has.
 //!
-//! R460 and R470: the names in NVIDIA's Python bindings of these branches (nvidia-ml-py 11.460.79 and 11.470.66), and the older
-//! names that headers keep for programs built before. R535: the header of CUDA 12.2. All of the header of CUDA 13.0: R580. A
-//! branch in between has what is certain: the calls of the older one. Before R460 it has those of R460.
+//! R460 and R470: the names in NVIDIA's Python bindings of these branches (nvidia-ml-py 11.460.79 and 11.470.66), and the
+//! older names that headers keep for programs built before. R535: the header of CUDA 12.2. All of the header of CUDA 13.0:
+//! R580. A branch in between has what is certain: the calls of the older one. Before R460 it has those of R460.
 
 /// Calls that came after R460, in R470 at the latest.
 const AFTER_460: [&str; 9] = [

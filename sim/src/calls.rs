@@ -17,9 +17,9 @@ use crate::state::Gi;
 use crate::stubs;
 
 /// `NVML_GPU_INSTANCE_PROFILE_COUNT` of drivers that know 3_SLICE_GFX.
-const GI_PROFILE_COUNT: u32 = 18;
+pub(crate) const GI_PROFILE_COUNT: u32 = 18;
 /// `NVML_COMPUTE_INSTANCE_PROFILE_COUNT`
-const CI_PROFILE_COUNT: u32 = 9;
+pub(crate) const CI_PROFILE_COUNT: u32 = 9;
 pub(crate) const MIB: u64 = 1 << 20;
 
 /// The names of all calls that answer with a code, in the order in which they are counted.

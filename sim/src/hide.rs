@@ -1,4 +1,4 @@
-//! Takes symbols out of a shared object, so that dlsym(3) doesn't find them: what the library of an old driver looks like.
+//! Takes symbols out of a shared object, so that dlsym(3) doesn't find them: what an old driver's library looks like.
 //! Layout: elf(5), 64 bits, little-endian.
 
 use anyhow::{Context, Result, ensure};
@@ -31,8 +31,8 @@ fn symbols(image: &[u8]) -> Option<(usize, usize, usize)> {
     Some((word(image, found + 0x18)?, word(image, found + 0x20)? / SYMBOL, word(image, names + 0x18)?))
 }
 
-/// Takes the symbols with these names out. A hash table still leads to their places, where no name is that a loader would
-/// compare with.
+/// Takes the symbols with these names out. A hash table still leads to their places, where no name is that a loader
+/// would compare with.
 pub fn hide(image: &mut [u8], names: &[&str]) -> Result<()> {
     let (table, count, strings) = symbols(image).context("it is no shared object of 64 bits with a symbol table")?;
     let mut hidden = 0;

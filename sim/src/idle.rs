@@ -1,7 +1,7 @@
 //! What a GPU tells of itself while nobody uses it: fixed figures of its board, and what is off, empty or nought.
 //!
-//! A board whose figures nobody has published answers NOT_SUPPORTED. Video engines, cores and sampled figures of a whole GPU
-//! can't be asked for while MIG is on.
+//! A board whose figures nobody has published answers NOT_SUPPORTED. Video engines, cores and sampled figures of a whole
+//! GPU can't be asked for while MIG is on.
 
 use std::ffi::{c_int, c_uint, c_ulong, c_ulonglong};
 use std::fs;
@@ -290,17 +290,17 @@ exports! {
 
     fn nvmlDeviceGetMemoryAffinity(device: Handle, words: c_uint, nodes: Array<c_ulong>, _scope: c_uint) |call| {
         call.gpu(device)?;
-        set(&online("node"), words, &nodes)
+        nodes.fill(&bits(&online("node"), words)?)
     }
 
     fn nvmlDeviceGetCpuAffinityWithinScope(device: Handle, words: c_uint, cpus: Array<c_ulong>, _scope: c_uint) |call| {
         call.gpu(device)?;
-        set(&online("cpu"), words, &cpus)
+        cpus.fill(&bits(&online("cpu"), words)?)
     }
 
     fn nvmlDeviceGetCpuAffinity(device: Handle, words: c_uint, cpus: Array<c_ulong>) |call| {
         call.gpu(device)?;
-        set(&online("cpu"), words, &cpus)
+        cpus.fill(&bits(&online("cpu"), words)?)
     }
 
     fn nvmlSystemGetTopologyGpuSet(_cpu: c_uint, count: Out<c_uint>, devices: Array<Handle>) |call| {
@@ -416,11 +416,8 @@ fn online(what: &str) -> String {
     fs::read_to_string(format!("/sys/devices/system/{what}/online")).unwrap_or_else(|_| "0".into())
 }
 
-/// Writes a list of numbers as the bits of words; numbers beyond them are left out.
-fn set(list: &str, words: c_uint, out: &Array<c_ulong>) -> Outcome<()> {
-    if words == 0 {
-        return Err(Code::INVALID_ARGUMENT);
-    }
+/// A list of numbers as the bits of words; numbers beyond them are left out.
+fn bits(list: &str, words: c_uint) -> Outcome<Vec<c_ulong>> {
     let mut bits: Vec<c_ulong> = vec![0; words as usize];
     for range in list.trim().split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -431,5 +428,30 @@ fn set(list: &str, words: c_uint, out: &Array<c_ulong>) -> Outcome<()> {
             }
         }
     }
-    out.fill(&bits)
+    if bits.is_empty() { Err(Code::INVALID_ARGUMENT) } else { Ok(bits) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::board::tests::board;
+
+    #[test]
+    fn a_list_of_processors_is_a_set_of_bits() {
+        assert_eq!(bits("0-3,8\n", 1), Ok(vec![0x10f]));
+        assert_eq!(bits("63-64", 2), Ok(vec![1 << 63, 1]));
+        assert_eq!(bits("0-200", 1), Ok(vec![u64::MAX]));
+        assert_eq!((bits("0", 0), bits("none", 1)), (Err(Code::INVALID_ARGUMENT), Err(Code::UNKNOWN)));
+    }
+
+    #[test]
+    fn clocks_are_those_of_the_board_and_the_kind() {
+        let figures = board("h100-sxm-80gb").figures.unwrap();
+        let found = [0, 1, 2, 3, 4].map(|kind| clocks(&figures, kind));
+        assert_eq!(found[..2], [Ok((345, 1980)), Ok((345, 1980))]);
+        assert_eq!(found[2..], [Ok((2619, 2619)), Ok((765, 1545)), Err(Code::INVALID_ARGUMENT)]);
+        let other = board("h100-pcie-80gb").figures.unwrap();
+        assert_eq!(clocks(&other, nvml::nvmlClockType_enum_NVML_CLOCK_VIDEO), Err(Code::NOT_SUPPORTED));
+        assert_eq!(board("b200-180gb").figures, None);
+    }
 }

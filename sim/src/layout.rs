@@ -23,8 +23,10 @@ pub const LIBRARY_DIR: &str = "usr/lib";
 /// The name every client asks for.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
 
+/// GPU-instance ids that a GPU has.
+pub const GI_IDS: u32 = 15;
 /// GPUs, GPU-instance ids and compute-instance ids that mig-minors has room for.
-const CAPS: (u32, u32, u32) = (32, 15, 8);
+const CAPS: (u32, u32, u32) = (32, GI_IDS, 8);
 
 /// What a machine is to be.
 #[derive(Debug)]
@@ -119,7 +121,7 @@ fn config(spec: &Spec, majors: Majors) -> Result<Config> {
     for (index, board) in spec.boards.iter().enumerate() {
         let first = branch::first_for(&board.architecture);
         ensure!(branch >= first, "driver {branch} does not know {}; use {first} or later", board.architecture);
-        let known = boards.iter().position(|known| known.key == board.key);
+        let known = boards.iter().position(|known| known == board);
         let place = known.unwrap_or(boards.len());
         if known.is_none() {
             boards.push(board.clone());

@@ -8,6 +8,7 @@ pub mod board;
 pub mod branch;
 pub mod calls;
 pub mod code;
+pub mod describe;
 pub mod driver;
 pub mod elf;
 pub mod fault;

@@ -1,5 +1,8 @@
 //! What the driver allows: placements, ids, budgets, mode switching. Nothing here touches a file.
 
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+
 use crate::board::{Board, CiProfile, Engines, GiProfile, ModeRule, Span};
 use crate::code::{Code, Outcome};
 use crate::state::{AmpereReset, Ci, Config, Gi, Gpu, IdMap, Load, State};
@@ -8,36 +11,42 @@ use crate::state::{AmpereReset, Ci, Config, Gi, Gpu, IdMap, Load, State};
 pub const MAX_CIS: u32 = 8;
 
 /// The GPU-instance id at a placement.
-pub fn gi_id(grid: u32, map: IdMap, span: Span) -> Option<u32> {
+pub fn gi_id(board: &Board, map: IdMap, span: Span) -> Option<u32> {
+    if board.eighths() {
+        return eighths_id(map, span);
+    }
+    // Largest first, from the left.
+    let places: BTreeSet<_> = board.places().map(|span| (Reverse(span.size), span.start)).collect();
+    places.into_iter().position(|place| place == (Reverse(span.size), span.start)).map(|id| id as u32)
+}
+
+/// The ids of boards that count in eighths: they depend on the chip, too.
+fn eighths_id(map: IdMap, span: Span) -> Option<u32> {
     let Span { start, size } = span;
-    let (quarter, half) = (grid / 4, grid / 2);
     let mirror = |position: u32, offset: u32| match map {
         IdMap::Canonical => position,
         IdMap::Mirrored => (position + offset) % (2 * offset),
     };
-    match (grid, size) {
-        (_, size) if size == grid => Some(0),
-        (8, 4) => Some(1 + mirror(start / 4, 1)),
-        (8, 2) => Some(3 + mirror(start / 2, 2)),
-        (8, 1) => Some(7 + mirror(start, 4)),
-        (4 | 12, size) if size == half => Some(1 + start / half),
-        (4 | 12, size) if size == quarter => Some(3 + start / quarter),
+    match size {
+        8 => Some(0),
+        4 => Some(1 + mirror(start / 4, 1)),
+        2 => Some(3 + mirror(start / 2, 2)),
+        1 => Some(7 + mirror(start, 4)),
         _ => None,
     }
 }
 
-/// The starts the driver tries, in its order, when no placement is asked for.
-fn default_starts(grid: u32, size: u32) -> &'static [u32] {
-    match (grid, size) {
-        (8, 4) => &[4, 0],
-        (8, 2) => &[4, 0, 2, 6],
-        (8, 1) => &[6, 4, 5, 0, 1, 2, 3],
-        (4, 2) => &[0, 2],
-        (4, 1) => &[0, 1, 2, 3],
-        (12, 6) => &[0, 6],
-        (12, 3) => &[0, 3, 6, 9],
-        _ => &[0],
-    }
+/// The placements that the driver tries, in its order, when none is asked for.
+fn in_order(board: &Board, profile: &GiProfile) -> Vec<Span> {
+    let size = profile.placements.first().map_or(0, |span| span.size);
+    let starts: &[u32] = match (board.eighths(), size) {
+        (true, 4) => &[4, 0],
+        (true, 2) => &[4, 0, 2, 6],
+        (true, 1) => &[6, 4, 5, 0, 1, 2, 3],
+        _ => return profile.placements.clone(),
+    };
+    let spans = starts.iter().map(|&start| Span { start, size });
+    spans.filter(|span| profile.placements.contains(span)).collect()
 }
 
 /// A usable profile by driver id, or the code that says why not: `unknown` for an id the board lacks.
@@ -96,16 +105,12 @@ pub fn create_gi(config: &Config, state: &mut State, index: usize, id: u32, at: 
     if made(gpu, profile) >= profile.count || !engines_left(board, gpu, profile) {
         return Err(Code::INSUFFICIENT_RESOURCES);
     }
-    let size = profile.placements.first().map_or(0, |span| span.size);
     let span = match at {
         Some(span) => Some(span).filter(|span| free(gpu, *span)),
-        None => default_starts(board.grid, size)
-            .iter()
-            .map(|&start| Span { start, size })
-            .find(|span| profile.placements.contains(span) && free(gpu, *span)),
+        None => in_order(board, profile).into_iter().find(|span| free(gpu, *span)),
     }
     .ok_or(Code::INSUFFICIENT_RESOURCES)?;
-    let id = gi_id(board.grid, fixed.id_map, span).ok_or(Code::UNKNOWN)?;
+    let id = gi_id(board, fixed.id_map, span).ok_or(Code::UNKNOWN)?;
     state.births += 1;
     gpu.gis.push(Gi { id, profile: profile.id, span, birth: state.births, cis: Vec::new(), load: Load::default() });
     gpu.gis.sort_by_key(|gi| gi.id);
@@ -286,7 +291,7 @@ mod tests {
     #[test]
     fn both_id_maps_cover_every_placement_once() {
         let starts = |map, size: u32, starts: &[u32]| -> Vec<u32> {
-            starts.iter().map(|&start| gi_id(8, map, Span { start, size }).unwrap()).collect()
+            starts.iter().map(|&start| eighths_id(map, Span { start, size }).unwrap()).collect()
         };
         assert_eq!(starts(Canonical, 4, &[0, 4]), [1, 2]);
         assert_eq!(starts(Mirrored, 4, &[0, 4]), [2, 1]);

@@ -4,10 +4,12 @@
 
 mod common;
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_void};
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::ptr::{null, null_mut};
 use std::time::{Duration, Instant};
@@ -904,6 +906,119 @@ fn every_board_makes_a_machine_and_cuts_each_usable_profile() {
             assert!(made["uuid"].is_string(), "{} {name}", board["key"]);
             sim.cli("destroy", &["--gpu", "0", "--gi", &made["gpu_instance"].to_string()]);
         }
+    }
+}
+
+/// The board that sim/README.md describes, in a file.
+fn described(dir: &Path, edit: impl FnOnce(&mut Value)) -> String {
+    let page = include_str!("../README.md");
+    let text = page.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+    let mut board: Value = serde_json::from_str(text).unwrap();
+    edit(&mut board);
+    let file = dir.join("own.json");
+    fs::write(&file, board.to_string()).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_board_that_nobody_knows_is_cut_as_it_is_described() {
+    need_root!();
+    let dir = tempfile::tempdir().unwrap();
+    let sim = Sim::one(&described(dir.path(), |_| ()));
+    let lib = sim.client();
+    assert_eq!(lib.name(lib.gpu(0)).unwrap(), "NVIDIA Fifths 40GB");
+    // The largest first, from the left: ids 0 and 1 are the two places of 3g.
+    let id = |made: Answer<nvmlGpuInstance_t>| made.map(|gi| lib.gi_info(gi).unwrap().id);
+    assert_eq!(id(lib.place_gi(lib.gpu(0), 9, 2, 3)), Ok(1));
+    assert_eq!(id(lib.create_gi(lib.gpu(0), 9)), Err(INSUFFICIENT_RESOURCES));
+    assert_eq!(
+        [19, 19, 19].map(|profile| id(lib.create_gi(lib.gpu(0), profile))),
+        [Ok(2), Ok(3), Err(INSUFFICIENT_RESOURCES)]
+    );
+    assert_eq!(lib.place_gi(lib.gpu(0), 19, 1, 2), Err(INVALID_ARGUMENT));
+
+    // As NVIDIA's bindings see it.
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+    let script = "import pynvml as nv; nv.nvmlInit(); gpu = nv.nvmlDeviceGetHandleByIndex(0)\n\
+                  gi = nv.nvmlDeviceGetGpuInstanceById(gpu, 1); ci = nv.nvmlGpuInstanceCreateComputeInstance(gi, 2)\n\
+                  mig = nv.nvmlComputeInstanceGetInfo(ci).device\n\
+                  print(nv.nvmlDeviceGetName(mig), nv.nvmlDeviceGetAttributes(mig).multiprocessorCount)\n\
+                  print(nv.nvmlDeviceGetGpuInstanceProfileInfo(gpu, 2, version=2).name)";
+    if !Command::new(&python).args(["-c", "import pynvml"]).output().is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIP: {python} cannot import pynvml; `pip install nvidia-ml-py`, or set PYTHON");
+        return;
+    }
+    let output =
+        Command::new(&python).args(["-c", script]).env("LD_LIBRARY_PATH", sim.dir().join("usr/lib")).output().unwrap();
+    assert_ran(&output);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(said, "NVIDIA Fifths 40GB MIG 3g.24gb 60\nMIG 3g.24gb\n");
+}
+
+#[test]
+fn a_description_that_is_wrong_is_refused_with_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let says = |file: &str, wanted: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_nvml-sim"))
+            .arg("create")
+            .arg(dir.path().join("m"))
+            .args(["--gpu", file])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{text}");
+        assert!(!dir.path().join("m").exists(), "nothing is made");
+    };
+    says("missing.json", "reading missing.json: No such file");
+    let own = |edit: fn(&mut Value)| described(dir.path(), edit);
+    says(&own(|board| board["colour"] = "green".into()), "unknown field `colour`, expected one of `key`");
+    says(&own(|board| drop(board.as_object_mut().unwrap().remove("grid"))), "missing field `grid`");
+    says(
+        &own(|board| board["mode"] = "never".into()),
+        "unknown variant `never`, expected `reset-persistent` or `immediate`",
+    );
+    says(&own(|board| board["grid"] = 2.into()), "profile 1g.8gb: the placement 2:1 reaches beyond 2 memory slices");
+    says(&own(|board| board["grid"] = 2.into()), "`nvml-sim boards a30-24gb --json` prints one to begin with");
+}
+
+#[test]
+fn a_gpu_that_nobody_uses_tells_what_its_board_is() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", H100, "--gpu", "b200-180gb"]);
+    let lib = sim.client();
+    let (h100, b200) = (lib.gpu(0), lib.gpu(1));
+    let mut number = 0;
+    assert_eq!(call!(lib, nvmlDeviceGetPowerManagementLimit(h100, &mut number)), SUCCESS);
+    assert_eq!(number, 700_000);
+    assert_eq!(call!(lib, nvmlDeviceGetPowerManagementLimit(b200, &mut number)), NOT_SUPPORTED, "nobody knows");
+    assert_eq!(call!(lib, nvmlDeviceGetNumGpuCores(h100, &mut number)), NOT_SUPPORTED, "MIG is on");
+    assert_eq!(lib.set_mode(h100, 0), Ok(0));
+    assert_eq!(call!(lib, nvmlDeviceGetNumGpuCores(h100, &mut number)), SUCCESS);
+    assert_eq!(number, 16_896);
+    let (mut events, mut seen) = (null_mut(), zeroed());
+    assert_eq!(call!(lib, nvmlEventSetCreate(&mut events)), SUCCESS);
+    assert_eq!(call!(lib, nvmlDeviceRegisterEvents(h100, 8, events)), SUCCESS);
+    assert_eq!(call!(lib, nvmlDeviceRegisterEvents(h100, 1 << 40, events)), NOT_SUPPORTED);
+    assert_eq!(call!(lib, nvmlEventSetWait_v2(events, &mut seen, 1)), TIMEOUT);
+    assert_eq!(call!(lib, nvmlEventSetFree(null_mut())), INVALID_ARGUMENT);
+}
+
+#[test]
+fn every_call_can_be_made_to_fail() {
+    let sim = Sim::one(A100);
+    let path = CString::new(sim.library().as_os_str().as_bytes()).unwrap();
+    // SAFETY: the library has no constructors.
+    let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+    sim.client();
+    sim.cli("fault", &["--call", "*", "--times", "forever", "--fail", "GPU_IS_LOST"]);
+    for name in nvidia_ml::calls::names() {
+        let symbol = CString::new(name).unwrap();
+        // SAFETY: the library is loaded, and stays.
+        let found = unsafe { libc::dlsym(library, symbol.as_ptr()) };
+        assert!(!found.is_null(), "{name}");
+        // SAFETY: a call that fails by order looks at none of its arguments.
+        let call = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn() -> u32>(found) };
+        assert_eq!(call(), 15, "{name}");
     }
 }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use nvidia_ml::board::{Board, Span, parse};
 use nvidia_ml::calls;
 use nvidia_ml::code::Code;
+use nvidia_ml::describe;
 use nvidia_ml::driver::{PARTS, Part};
 use nvidia_ml::fault::{Action, Fault, Latency, MAX_FAULTS, Scope, matches};
 use nvidia_ml::layout::{self, LIBRARY_DIR, Spec};
@@ -38,8 +39,9 @@ enum Command {
     Create {
         /// A directory that is empty or does not exist.
         dir: PathBuf,
-        /// Key of a board (`nvml-sim boards`), once per GPU, in NVML index order.
-        #[arg(long = "gpu", required = true, value_name = "KEY")]
+        /// Key of a board (`nvml-sim boards`), or a file that describes one (its name ends in .json); once per GPU, in
+        /// NVML index order.
+        #[arg(long = "gpu", required = true, value_name = "KEY|FILE")]
         gpus: Vec<String>,
         /// MIG mode to start in.
         #[arg(long, value_enum, default_value = "on")]
@@ -72,6 +74,8 @@ enum Command {
     },
     /// List the boards and their profiles.
     Boards {
+        /// Only this one.
+        key: Option<String>,
         #[arg(long)]
         json: bool,
     },
@@ -354,7 +358,7 @@ fn run(command: Command) -> Result<()> {
                 eprintln!("nvml-sim: the driver tree has no nvidia-smi, since {SMI} is not beside this program");
             }
             let spec = Spec {
-                boards: pick(&gpus)?,
+                boards: gpus.iter().map(pick).collect::<Result<_>>()?,
                 mig: mig == Switch::On,
                 id_maps: gi_map
                     .iter()
@@ -383,7 +387,7 @@ fn run(command: Command) -> Result<()> {
             }
             Ok(())
         }
-        Command::Boards { json } => boards(json),
+        Command::Boards { key, json } => boards(key.as_deref(), json),
         Command::Show { dir, json } => show(&dir, json),
         Command::Mode { dir, gpu, mode, json } => set_mode(&dir, gpu, mode == Switch::On, json),
         Command::Reset { dir, gpu } => {
@@ -559,15 +563,17 @@ fn all_boards() -> Result<Vec<Board>> {
     parse(BOARDS).context("reading the built-in board tables")
 }
 
-fn pick(keys: &[String]) -> Result<Vec<Board>> {
+/// A known board, or one that a file describes.
+fn pick(key: &String) -> Result<Board> {
+    if key.ends_with(".json") { describe::read(Path::new(key)) } else { known_board(key) }
+}
+
+fn known_board(key: &str) -> Result<Board> {
     let all = all_boards()?;
-    let find = |key: &String| {
-        all.iter().find(|board| board.key == *key).cloned().with_context(|| {
-            let known: Vec<&str> = all.iter().map(|board| board.key.as_str()).collect();
-            format!("there is no board `{key}`; choose from {}", known.join(", "))
-        })
-    };
-    keys.iter().map(find).collect()
+    all.iter().find(|board| board.key == key).cloned().with_context(|| {
+        let known: Vec<&str> = all.iter().map(|board| board.key.as_str()).collect();
+        format!("there is no board `{key}`; choose from {}, or name a file that ends in .json", known.join(", "))
+    })
 }
 
 fn random() -> Result<String> {
@@ -595,17 +601,23 @@ fn beside(name: &str) -> Result<Option<PathBuf>> {
     Ok(Some(program.with_file_name(name)).filter(|path| path.is_file()))
 }
 
-fn boards(json: bool) -> Result<()> {
-    let all = all_boards()?;
-    print(json, &all, || {
-        let line = |board: &Board| {
-            let profiles: Vec<&str> = board.profiles.iter().map(|profile| profile.name.as_str()).collect();
-            let unsourced: Vec<&str> = board.unsourced.iter().map(|profile| profile.name.as_str()).collect();
-            let rest = if unsourced.is_empty() { String::new() } else { format!("; refused: {}", unsourced.join(" ")) };
-            format!("{:26} {}: {}{rest}", board.key, board.name, profiles.join(" "))
-        };
-        all.iter().map(line).collect::<Vec<_>>().join("\n")
-    })
+fn boards(key: Option<&str>, json: bool) -> Result<()> {
+    let line = |board: &Board| {
+        let profiles: Vec<&str> = board.profiles.iter().map(|profile| profile.name.as_str()).collect();
+        let unsourced: Vec<&str> = board.unsourced.iter().map(|profile| profile.name.as_str()).collect();
+        let rest = if unsourced.is_empty() { String::new() } else { format!("; refused: {}", unsourced.join(" ")) };
+        format!("{:26} {}: {}{rest}", board.key, board.name, profiles.join(" "))
+    };
+    match key {
+        Some(key) => {
+            let board = known_board(key)?;
+            print(json, &board, || line(&board))
+        }
+        None => {
+            let all = all_boards()?;
+            print(json, &all, || all.iter().map(line).collect::<Vec<_>>().join("\n"))
+        }
+    }
 }
 
 fn show(dir: &Path, json: bool) -> Result<()> {

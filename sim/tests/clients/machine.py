@@ -1,4 +1,4 @@
-"""A machine for the tests of this directory, which run in the process that has its library loaded: see scripts/conformance."""
+"""A machine for the tests of this directory. They run in the process that has its library loaded: scripts/conformance."""
 
 import os
 import subprocess

@@ -19,6 +19,7 @@ pub const NOT_SUPPORTED: u32 = 3;
 pub const NO_PERMISSION: u32 = 4;
 pub const NOT_FOUND: u32 = 6;
 pub const INSUFFICIENT_SIZE: u32 = 7;
+pub const TIMEOUT: u32 = 10;
 pub const RESET_REQUIRED: u32 = 16;
 pub const IN_USE: u32 = 19;
 pub const INSUFFICIENT_RESOURCES: u32 = 23;
