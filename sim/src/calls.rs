@@ -152,10 +152,12 @@ exports! {
 
     fn nvmlDeviceGetUtilizationRates(device: Handle, rates: Out<nvml::nvmlUtilization_t>) |call| {
         let gpu = call.gpu(device)?;
-        if call.now()?.state.gpus[gpu].current {
+        let now = call.now()?;
+        let gpu = &now.state.gpus[gpu];
+        if gpu.current {
             return Err(Code::NOT_SUPPORTED);
         }
-        rates.put(nvml::nvmlUtilization_t { gpu: 0, memory: 0 })
+        rates.put(nvml::nvmlUtilization_t { gpu: gpu.load.sm, memory: gpu.load.dram })
     }
 
     fn nvmlDeviceGetMemoryInfo(device: Handle, memory: Out<nvml::nvmlMemory_t>) |call| {

@@ -71,6 +71,9 @@ def test_bar1_memory():
 
 
 def test_utilization():
+    sim("load", "--gpu", 1, "--sm", 75, "--dram", 40)
+    same((Device(1).gpu_utilization(), Device(1).memory_utilization()), (75, 40))
+    sim("load", "--gpu", 1, "--off")
     same(Device(1).gpu_utilization(), 0)
     same((Device(0).gpu_utilization(), used().gpu_utilization()), (NA, NA))
 
