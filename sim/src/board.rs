@@ -197,9 +197,11 @@ pub struct Board {
 }
 
 impl Board {
-    /// Whether it counts in eighths, halves of them and so on, as all boards with 7 compute slices do.
+    /// Whether it has eighths, quarters and halves as all boards with 7 compute slices have them: of the last eighth there
+    /// is memory only.
     pub fn eighths(&self) -> bool {
-        self.grid == 8 && self.places().all(|span| matches!(span.size, 1 | 2 | 4 | 8))
+        let usual = |span: Span| matches!(span.size, 1 | 2 | 4 | 8) && span.start.is_multiple_of(span.size);
+        self.grid == 8 && self.places().all(|span| usual(span) && span != Span { start: 7, size: 1 })
     }
 
     /// Where instances may lie: the placements of all usable profiles.

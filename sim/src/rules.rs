@@ -302,6 +302,20 @@ mod tests {
     }
 
     #[test]
+    fn a_board_of_other_places_numbers_them_from_the_largest_on() {
+        let mut board = board("a100-sxm4-40gb");
+        assert!(board.eighths());
+        let last = Span { start: 7, size: 1 };
+        board.profiles.iter_mut().find(|profile| profile.id == 19).unwrap().placements.push(last);
+        assert!(!board.eighths());
+        let ids = |spans: &[(u32, u32)]| -> Vec<Option<u32>> {
+            spans.iter().map(|&(start, size)| gi_id(&board, Mirrored, Span { start, size })).collect()
+        };
+        assert_eq!(ids(&[(0, 8), (0, 4), (4, 4), (6, 2), (0, 1), (7, 1)]), [0, 1, 2, 6, 7, 14].map(Some));
+        assert_eq!(ids(&[(1, 2)]), [None]);
+    }
+
+    #[test]
     fn four_slice_and_twelfth_boards_ascend() {
         assert_eq!(series("a30-24gb", Canonical, &[14, 14, 5]), ids(&[3, 4, 2]));
         assert_eq!(series("rtx-pro-6000-blackwell-se", Canonical, &[14, 5, 14]), ids(&[3, 2, 4]));

@@ -572,7 +572,7 @@ fn known_board(key: &str) -> Result<Board> {
     let all = all_boards()?;
     all.iter().find(|board| board.key == key).cloned().with_context(|| {
         let known: Vec<&str> = all.iter().map(|board| board.key.as_str()).collect();
-        format!("there is no board `{key}`; choose from {}, or name a file that ends in .json", known.join(", "))
+        format!("there is no board `{key}`; choose from {}", known.join(", "))
     })
 }
 

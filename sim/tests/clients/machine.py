@@ -1,4 +1,4 @@
-"""A machine for the tests of this directory. They run in the process that has its library loaded: scripts/conformance."""
+"""A machine for the tests of this directory. They run in the process that has its library: scripts/conformance."""
 
 import os
 import subprocess
