@@ -6,6 +6,10 @@ use anyhow::{Context, Result, ensure};
 const SHT_DYNSYM: u32 = 11;
 const SECTION: usize = 64;
 const SYMBOL: usize = 24;
+/// Where a symbol says its binding and type; among global ones no local one may stand.
+const INFO: usize = 4;
+/// STB_WEAK, STT_NOTYPE: with no section, something undefined that nobody misses.
+const WEAK: u8 = 0x20;
 
 fn half(image: &[u8], at: usize) -> Option<usize> {
     Some(u16::from_le_bytes(image.get(at..at + 2)?.try_into().ok()?).into())
@@ -42,6 +46,7 @@ pub fn hide(image: &mut [u8], names: &[&str]) -> Result<()> {
         let name = text.split(|byte| *byte == 0).next().unwrap_or_default();
         if names.iter().any(|wanted| wanted.as_bytes() == name) {
             image[at..at + SYMBOL].fill(0);
+            image[at + INFO] = WEAK;
             hidden += 1;
         }
     }
