@@ -4,7 +4,7 @@
 //!
 //! Own structs: the crate `container-device-interface` brings a JSON-schema engine, YAML and clap.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -171,7 +171,7 @@ pub fn is_ours(text: &str) -> bool {
 /// Kind of the specs that `nvidia-ctk cdi generate` writes.
 pub const NVIDIA_KIND: &str = "nvidia.com/gpu";
 /// Below these nothing of a driver's files belongs.
-const NO_FILES: [&str; 3] = ["/dev/", "/proc/", "/sys/"];
+const NO_FILES: [&str; 3] = ["/dev", "/proc", "/sys"];
 
 /// A file of the driver that a spec names: where it is, where a container has it, and the mount's options.
 pub type NamedFile = (PathBuf, String, Vec<String>);
@@ -206,8 +206,10 @@ pub fn driver_files(text: &str) -> Result<Option<Vec<NamedFile>>, String> {
         return Ok(None);
     }
     let is_file = |mount: &Mount| {
-        let path = &mount.container_path;
-        let plain = path.starts_with('/') && !path.split('/').any(|part| part == "..");
+        let path = Path::new(&mount.container_path);
+        let plain = path.is_absolute()
+            && path.parent().is_some()
+            && !path.components().any(|part| part == Component::ParentDir);
         let bind = mount.options.iter().any(|option| option == "bind" || option == "rbind");
         plain && bind && mount.host_path.is_absolute() && !NO_FILES.iter().any(|below| path.starts_with(below))
     };
@@ -318,6 +320,9 @@ mod tests {
                     mount("/usr/lib/libcuda.so.1", &["ro", "rbind"]),
                     mount("/dev/nvidia1", &["rbind"]),
                     mount("/proc/driver/nvidia/params", &["bind"]),
+                    mount("//dev/./nvidia1", &["bind"]),
+                    mount("/dev", &["bind"]),
+                    mount("/", &["bind"]),
                     mount("/usr/../dev/nvidia1", &["bind"]),
                     mount("relative", &["bind"]),
                     mount("/tmpfs", &["mode=755"]),

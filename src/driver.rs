@@ -11,8 +11,8 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::first;
 
-mod elf;
-mod ldcache;
+pub mod elf;
+pub mod ldcache;
 
 pub use elf::Bits;
 

@@ -382,7 +382,7 @@ fn array_at<'a>(parent: &'a mut Value, key: &str) -> Result<&'a mut Vec<Value>, 
 /// denials still counts.
 pub fn open_rule(config: &Value, majors: Majors) -> Option<String> {
     let rules = config.pointer("/linux/resources/devices").and_then(Value::as_array).filter(|r| !r.is_empty())?;
-    let last_deny_all = rules.iter().rposition(|r| !allows(r) && is_wildcard(r) && kind(r) == "a");
+    let last_deny_all = rules.iter().rposition(|r| !allows(r) && is_wildcard(r) && kind(r) == "a" && is_whole(r));
     let Some(last) = last_deny_all else {
         return Some("its device rules deny nothing".into());
     };
@@ -448,6 +448,12 @@ fn kind(rule: &Value) -> &str {
 fn is_wildcard(rule: &Value) -> bool {
     let any = |key: &str| rule.get(key).and_then(Value::as_i64).is_none_or(|n| n < 0);
     any("major") && any("minor")
+}
+
+/// Both reading and writing. A runtime may take one that denies only the one at its word (crun, on cgroup v2).
+fn is_whole(rule: &Value) -> bool {
+    let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
+    access.is_empty() || (access.contains('r') && access.contains('w'))
 }
 
 /// Reads or writes. Engines allow `c *:* m` by default: mknod without open reaches nothing.
@@ -687,6 +693,9 @@ mod tests {
         let cases = [
             (json!([deny, {"allow": true, "access": "rwm"}]), Some("a *:*")),
             (json!([{"allow": true, "access": "rwm"}]), Some("deny nothing")),
+            (json!([{"allow": false, "access": "r"}]), Some("deny nothing")),
+            (json!([{"allow": false, "access": "wr"}]), None),
+            (json!([{"allow": false}]), None),
             (json!([deny, {"allow": true, "type": "c", "access": "rwm"}]), Some("c *:*")),
             (json!([deny, {"allow": true, "type": "c", "major": -1, "minor": -1, "access": "r"}]), Some("c *:*")),
             (json!([deny, {"allow": true, "type": "c", "major": 240, "access": "r"}]), Some("c 240:*")),

@@ -79,7 +79,7 @@ pub struct Plan {
     pub verb: Verb,
     /// `--bundle`; the current directory without it.
     pub bundle: Option<PathBuf>,
-    /// crun's `create --config FILE`, relative to the bundle.
+    /// crun's `create --config FILE`.
     pub config_file: Option<PathBuf>,
     /// `--pid-file`.
     pub pid_file: Option<PathBuf>,
@@ -145,6 +145,75 @@ const VERB_VALUES: [&str; 27] = [
     "log",
     "log-format",
 ];
+/// Flags of theirs that may be written with one dash, and are not letters written together then.
+const VERB_FLAGS: [&str; 17] = [
+    "all",
+    "auto-dedup",
+    "detach",
+    "ext-unix-sk",
+    "file-locks",
+    "force",
+    "help",
+    "ignore-paused",
+    "keep",
+    "lazy-pages",
+    "no-new-keyring",
+    "no-new-privs",
+    "no-pivot",
+    "no-subreaper",
+    "shell-job",
+    "tcp-established",
+    "tty",
+];
+/// Options of crun, which takes the beginning of a name for the name where no other begins so.
+const CRUN_GLOBALS: [&str; 12] = [
+    "cgroup-manager",
+    "debug",
+    "help",
+    "log",
+    "log-format",
+    "log-level",
+    "program-name",
+    "root",
+    "rootless",
+    "systemd-cgroup",
+    "usage",
+    "version",
+];
+const CRUN_CREATES: [&str; 12] = [
+    "bundle",
+    "config",
+    "console-socket",
+    "detach",
+    "help",
+    "no-new-keyring",
+    "no-pivot",
+    "no-subreaper",
+    "pid-file",
+    "preserve-fds",
+    "program-name",
+    "usage",
+];
+const CRUN_EXEC: [&str; 17] = [
+    "apparmor",
+    "cap",
+    "cgroup",
+    "console-socket",
+    "cwd",
+    "detach",
+    "env",
+    "help",
+    "no-new-privs",
+    "pid-file",
+    "preserve-fds",
+    "process",
+    "process-label",
+    "program-name",
+    "tty",
+    "usage",
+    "user",
+];
+const CRUN_OTHERS: [&str; 6] = ["all", "force", "help", "program-name", "regex", "usage"];
 /// Every verb of runc, crun and youki: what tells an unknown option's value from the verb.
 const VERBS: [&str; 20] = [
     "checkpoint",
@@ -177,7 +246,7 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
     let words = plan.rest.clone();
     let mut at = 0;
     while let Some(word) = words.get(at) {
-        let Some(option) = Opt::read(word) else { break };
+        let Some(option) = Opt::read(word, &CRUN_GLOBALS) else { break };
         at += 1;
         if option.name.is_empty() {
             break; // `--`
@@ -216,7 +285,7 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
     at += 1;
     let creates = matches!(plan.verb, Verb::Create | Verb::Run | Verb::Restore);
     while let Some(word) = words.get(at) {
-        let Some(option) = Opt::read(word) else {
+        let Some(options) = Opt::of_verb(word, plan.verb) else {
             // runc takes options after the id, too, as Slurm's examples have them; crun refuses them.
             if !creates || plan.id.is_some() {
                 break;
@@ -226,27 +295,29 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
             continue;
         };
         at += 1;
-        if option.name.is_empty() {
+        if options.iter().any(|option| option.name.is_empty()) {
             break;
         }
-        let takes_value = VERB_VALUES.contains(&option.name) || short_takes_value(plan.verb, option.name);
-        let value = option.value.or_else(|| {
-            let value = takes_value.then(|| words.get(at).cloned())?;
-            at += 1;
-            value
-        });
-        match (option.name, value) {
-            ("bundle" | "b", Some(v)) => plan.bundle = Some(v.into()),
-            ("config" | "f", Some(v)) if creates => plan.config_file = Some(v.into()),
-            ("pid-file", Some(v)) => plan.pid_file = Some(v.into()),
-            ("p", Some(v)) if creates => plan.pid_file = Some(v.into()),
-            ("process" | "p", Some(v)) if plan.verb == Verb::Exec => plan.process = Some(v.into()),
-            ("preserve-fds", Some(v)) => plan.preserve_fds = v.to_str().and_then(|v| v.parse().ok()).unwrap_or(0),
-            // `delete --regex` of crun names many containers: their poststop hooks release them.
-            ("regex" | "r", _) if matches!(plan.verb, Verb::Delete | Verb::State | Verb::Kill) => {
-                plan.verb = Verb::Other
+        for option in options {
+            let takes_value = VERB_VALUES.contains(&option.name) || short_takes_value(plan.verb, option.name);
+            let value = option.value.or_else(|| {
+                let value = takes_value.then(|| words.get(at).cloned())?;
+                at += 1;
+                value
+            });
+            match (option.name, value) {
+                ("bundle" | "b", Some(v)) => plan.bundle = Some(v.into()),
+                ("config" | "f", Some(v)) if creates => plan.config_file = Some(v.into()),
+                ("pid-file", Some(v)) => plan.pid_file = Some(v.into()),
+                ("p", Some(v)) if creates => plan.pid_file = Some(v.into()),
+                ("process" | "p", Some(v)) if plan.verb == Verb::Exec => plan.process = Some(v.into()),
+                ("preserve-fds", Some(v)) => plan.preserve_fds = v.to_str().and_then(|v| v.parse().ok()).unwrap_or(0),
+                // `delete --regex` of crun names many containers: their poststop hooks release them.
+                ("regex" | "r", _) if matches!(plan.verb, Verb::Delete | Verb::State | Verb::Kill) => {
+                    plan.verb = Verb::Other
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
     plan.id = plan.id.or_else(|| words.get(at).cloned());
@@ -269,12 +340,11 @@ fn is_verb(word: &OsStr) -> bool {
 
 fn take_own_options(words: &mut Vec<OsString>) -> Own {
     let mut own = Own::default();
-    while let Some(word) = words.first().and_then(|w| w.to_str()).filter(|w| w.starts_with("--mig-")) {
-        let (name, given) = match word.split_once('=') {
-            Some((name, value)) => (name.to_owned(), Some(OsString::from(value))),
-            None => (word.to_owned(), None),
-        };
-        words.remove(0);
+    while words.first().is_some_and(|word| word.as_bytes().starts_with(b"--mig-")) {
+        let word = words.remove(0);
+        let mut parts = word.as_bytes().splitn(2, |b| *b == b'=');
+        let name = String::from_utf8_lossy(parts.next().unwrap_or_default()).into_owned();
+        let given = parts.next().map(|value| OsStr::from_bytes(value).to_owned());
         let mut value = || given.clone().or_else(|| (!words.is_empty()).then(|| words.remove(0)));
         match name.as_str() {
             "--mig-env" if given.is_none() => own.env = true,
@@ -288,32 +358,59 @@ fn take_own_options(words: &mut Vec<OsString>) -> Own {
     own
 }
 
-/// One option word. Go's flag package takes `-root` for `--root`; a letter may carry its value (`-bDIR`).
+/// One option. Go's flag package takes `-root` for `--root`.
 struct Opt<'a> {
     name: &'a str,
     value: Option<OsString>,
 }
 
-impl Opt<'_> {
-    fn read(word: &OsStr) -> Option<Opt<'_>> {
-        let bytes = word.as_bytes();
-        if bytes.len() < 2 || bytes[0] != b'-' {
-            return None;
-        }
-        let body = if bytes[1] == b'-' { &bytes[2..] } else { &bytes[1..] };
+impl<'a> Opt<'a> {
+    /// The option that a word is. `known`: those that may be cut short.
+    fn read(word: &'a OsStr, known: &[&'static str]) -> Option<Opt<'a>> {
+        let body = word.as_bytes().strip_prefix(b"-").filter(|body| !body.is_empty())?;
+        let (body, whole) = match body.strip_prefix(b"-") {
+            Some(body) => (body, true),
+            None => (body, false),
+        };
         let (name, value) = match body.iter().position(|b| *b == b'=') {
             Some(at) => (&body[..at], Some(OsStr::from_bytes(&body[at + 1..]).to_owned())),
-            None if bytes[1] != b'-' && body.len() > 1 && matches!(body[0], b'b' | b'f') && !is_long(body) => {
-                (&body[..1], Some(OsStr::from_bytes(&body[1..]).to_owned()))
-            }
             None => (body, None),
         };
-        Some(Opt { name: std::str::from_utf8(name).unwrap_or("?"), value })
+        let name = std::str::from_utf8(name).unwrap_or("?");
+        let mut near = known.iter().filter(|known| whole && !name.is_empty() && known.starts_with(name));
+        match (near.next(), near.next()) {
+            (Some(only), None) => Some(Opt { name: only, value }),
+            _ => Some(Opt { name, value }),
+        }
     }
-}
 
-fn is_long(body: &[u8]) -> bool {
-    std::str::from_utf8(body).is_ok_and(|b| VERB_VALUES.contains(&b) || b == "force")
+    /// The options that a word after the verb is: one, or as many as there are letters behind one dash, of which the last may
+    /// carry its value (`-db/b`).
+    fn of_verb(word: &'a OsStr, verb: Verb) -> Option<Vec<Opt<'a>>> {
+        let known: &[&str] = match verb {
+            Verb::Create | Verb::Run | Verb::Restore => &CRUN_CREATES,
+            Verb::Exec => &CRUN_EXEC,
+            _ => &CRUN_OTHERS,
+        };
+        let option = Opt::read(word, known)?;
+        let bytes = word.as_bytes();
+        let one = bytes.starts_with(b"--") || option.name.len() == 1;
+        if one || VERB_VALUES.contains(&option.name) || VERB_FLAGS.contains(&option.name) {
+            return Some(vec![option]);
+        }
+        let mut letters = Vec::new();
+        for at in 1..bytes.len() {
+            let name = std::str::from_utf8(&bytes[at..=at]).unwrap_or("?");
+            let rest = OsStr::from_bytes(&bytes[at + 1..]);
+            let takes_value = short_takes_value(verb, name);
+            let value = (takes_value && !rest.is_empty()).then(|| rest.to_owned());
+            letters.push(Opt { name, value });
+            if takes_value || (verb == Verb::Exec && name == "t") {
+                break; // crun's `-t` may have a value, too
+            }
+        }
+        Some(letters)
+    }
 }
 
 /// What the first stage needs of the settings. Everything else, and every mistake in them, is the engine's business.
@@ -544,10 +641,13 @@ pub fn runtime(args: Vec<OsString>) -> i32 {
     fail("mig-runtime", &hand_over(&plan, outline.runtime.path.as_deref(), &handover::environment()))
 }
 
-/// The config.json that `create` or `run` will read.
+/// The config.json that `create` or `run` will read. Another name given to crun is one seen from the working directory.
 pub fn config_path(plan: &Plan) -> PathBuf {
     let bundle = plan.bundle.as_deref().unwrap_or(Path::new("."));
-    bundle.join(plan.config_file.as_deref().unwrap_or(Path::new("config.json")))
+    match &plan.config_file {
+        Some(file) if file.as_os_str() != "config.json" => file.clone(),
+        _ => bundle.join("config.json"),
+    }
 }
 
 fn asked_by_bundle(plan: &Plan) -> Asked {
@@ -752,6 +852,36 @@ mod tests {
     }
 
     #[test]
+    fn names_cut_short_and_letters_written_together_are_read_as_crun_does() {
+        let plan = planned("--log-f=json --cgroup-m disabled run --bund /b --pid-f /p --pre 3 -df other.json c1");
+        assert!(plan.log_json && plan.no_cgroup);
+        assert_eq!((plan.verb, plan.preserve_fds), (Verb::Run, 3));
+        assert_eq!((plan.bundle.as_deref(), plan.pid_file.as_deref()), (Some(Path::new("/b")), Some(Path::new("/p"))));
+        assert_eq!(
+            (plan.config_file.as_deref(), plan.id.as_deref()),
+            (Some(Path::new("other.json")), Some(OsStr::new("c1")))
+        );
+        assert_eq!(planned("run -db/b c1").bundle.as_deref(), Some(Path::new("/b")));
+        assert_eq!(planned("exec -tdp /p c1").process.as_deref(), None, "-t may have a value");
+        assert_eq!(planned("exec -dp/p c1").process.as_deref(), Some(Path::new("/p")));
+        assert_eq!(planned("delete -fr c.*").verb, Verb::Other);
+        assert_eq!(planned("delete --reg c.*").verb, Verb::Other);
+        // runc's way of writing them is not mistaken for that.
+        let plan = planned("run -no-pivot -detach -pid-file /p c1");
+        assert_eq!((plan.bundle, plan.pid_file, plan.id), (None, Some("/p".into()), Some("c1".into())));
+    }
+
+    #[test]
+    fn another_config_is_seen_from_the_working_directory() {
+        let path = |line| config_path(&planned(line));
+        assert_eq!(path("create -b /b c1"), Path::new("/b/config.json"));
+        assert_eq!(path("create c1"), Path::new("./config.json"));
+        assert_eq!(path("create -f config.json -b /b c1"), Path::new("/b/config.json"));
+        assert_eq!(path("create -f other.json -b /b c1"), Path::new("other.json"));
+        assert_eq!(path("create -f /c/other.json -b /b c1"), Path::new("/c/other.json"));
+    }
+
+    #[test]
     fn globals_are_read_only_before_the_verb() {
         let plan = planned("--root /r --log /l --log-format json exec c1 --root /evil --log /evil");
         assert_eq!((plan.root, plan.log), (Some("/r".into()), Some("/l".into())));
@@ -768,6 +898,10 @@ mod tests {
         assert_eq!(planned("--mig-typo create c1").own.unknown, ["--mig-typo"]);
         assert!(planned("--mig-version").own.version && !planned("--version").own.version);
         assert!(!planned("create --mig-env c1").own.env);
+        let odd = |bytes: &[u8]| plan([OsStr::from_bytes(bytes).to_owned(), "create".into(), "c1".into()]);
+        let not_utf_8 = odd(b"--mig-config=/\xff");
+        assert_eq!(not_utf_8.own.config.as_deref(), Some(Path::new(OsStr::from_bytes(b"/\xff"))));
+        assert_eq!((not_utf_8.verb, odd(b"--mig-\xff").own.unknown.len()), (Verb::Create, 1));
     }
 
     #[test]

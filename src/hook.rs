@@ -311,27 +311,37 @@ pub(crate) fn describe(holder: &mut Holder, config: &Value) {
 }
 
 /// The State that a runtime sends to a hook: what we need of it, and the whole for its annotations.
-pub(crate) struct State {
-    pub(crate) id: String,
-    pub(crate) pid: Option<u32>,
+#[derive(Debug)]
+pub struct State {
+    /// The container's id, a plain name.
+    pub id: String,
+    /// Its first process, where there is one.
+    pub pid: Option<u32>,
     /// Where it is to be believed: crun before 1.27 may say `/`.
-    pub(crate) bundle: Option<PathBuf>,
-    pub(crate) value: Value,
+    pub bundle: Option<PathBuf>,
+    /// All of it.
+    pub value: Value,
 }
 
-/// Reads it from standard input. crun adds `root`, and in some stages has pid 0; the rest is none of our business.
+impl State {
+    /// Reads its text. crun adds `root`, and in some stages has pid 0; the rest is none of our business.
+    pub fn parse(bytes: &[u8], shown: &str) -> Result<State> {
+        let state = bundle::parse(bytes, shown)?.value;
+        let text = |key: &str| state.get(key).and_then(Value::as_str);
+        let pid = state.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
+        let id = text("id").ok_or_else(|| Failure::BadRequest(format!("{shown} has no container id")))?;
+        if !first::plain_name(id) {
+            return Err(Refused("the container id in the State is not a plain name".into()).into());
+        }
+        let bundle = text("bundle").map(PathBuf::from).filter(|b| b.is_absolute() && b.parent().is_some());
+        Ok(State { id: id.to_owned(), pid: pid.filter(|pid| *pid > 0), bundle, value: state })
+    }
+}
+
+/// The State on standard input.
 pub(crate) fn state() -> Result<State> {
     let shown = "the State on standard input";
-    let bytes = bundle::read_limited(std::io::stdin().lock(), shown)?;
-    let state = bundle::parse(&bytes, shown)?.value;
-    let text = |key: &str| state.get(key).and_then(Value::as_str);
-    let pid = state.get("pid").and_then(Value::as_u64).and_then(|pid| u32::try_from(pid).ok());
-    let id = text("id").ok_or_else(|| Failure::BadRequest(format!("{shown} has no container id")))?;
-    if !first::plain_name(id) {
-        return Err(Refused("the container id in the State is not a plain name".into()).into());
-    }
-    let bundle = text("bundle").map(PathBuf::from).filter(|b| b.is_absolute() && b.parent().is_some());
-    Ok(State { id: id.to_owned(), pid: pid.filter(|pid| *pid > 0), bundle, value: state })
+    State::parse(&bundle::read_limited(std::io::stdin().lock(), shown)?, shown)
 }
 
 /// What the State of a createRuntime hook and the runtime that calls us tell about the container.
