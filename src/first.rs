@@ -898,7 +898,7 @@ mod tests {
         assert_eq!(planned("--mig-typo create c1").own.unknown, ["--mig-typo"]);
         assert!(planned("--mig-version").own.version && !planned("--version").own.version);
         assert!(!planned("create --mig-env c1").own.env);
-        let odd = |bytes: &[u8]| plan([OsStr::from_bytes(bytes).to_owned(), "create".into(), "c1".into()]);
+        let odd = |bytes: &[u8]| super::plan([OsStr::from_bytes(bytes).to_owned(), "create".into(), "c1".into()]);
         let not_utf_8 = odd(b"--mig-config=/\xff");
         assert_eq!(not_utf_8.own.config.as_deref(), Some(Path::new(OsStr::from_bytes(b"/\xff"))));
         assert_eq!((not_utf_8.verb, odd(b"--mig-\xff").own.unknown.len()), (Verb::Create, 1));

@@ -866,24 +866,27 @@ fn a_broken_settings_file_stops_requests_and_nothing_else() {
 fn odd_command_lines_mean_what_they_mean_to_the_runtime() {
     let world = World::new(&["a100-sxm4-80gb"]);
     world.recording_runtime(0);
-    // crun's --config, relative to the bundle; the config.json beside it asks for nothing.
+    // crun's --config, seen from the working directory; the config.json in the bundle asks for nothing.
     let bundle = world.bundle("b", &config(json!({}), &[]));
     let silent = std::fs::read(bundle.join("config.json")).unwrap();
     let b = bundle.to_str().unwrap();
     let asked = config(profile("1g.10gb"), &[]);
-    let cases: [(&str, &[&str], &str); 4] = [
+    let cases: [(&str, &[&str], &str); 6] = [
         ("crun --config", &["create", "--config", "other.json", "--bundle", b, "c1"], "c1"),
         ("crun --config=", &["create", "--config=other.json", "-b", b, "c1"], "c1"),
         ("crun -f", &["create", "-f", "other.json", "-b", b, "c1"], "c1"),
         ("a container named create", &["create", "-f", "other.json", "-b", b, "create"], "create"),
+        ("names cut short", &["create", "--conf", "other.json", "--bund", b, "c1"], "c1"),
+        ("letters together", &["run", "-dfother.json", "-b", b, "c1"], "c1"),
     ];
+    let other = world.path("here/other.json");
     for (name, line, id) in cases {
-        std::fs::write(bundle.join("other.json"), asked.to_string()).unwrap();
-        let output = world.shim(line);
+        world.write("here/other.json", &asked.to_string());
+        let output = run(world.shim_command(line).current_dir(world.path("here")));
         assert_eq!(code(&output), 0, "{name}: {}", text(&output));
         assert_eq!(world.recorded("argv").unwrap().lines().collect::<Vec<_>>(), line, "{name}");
         assert_eq!(world.lease()["holder"]["container"], id, "{name}");
-        assert!(document(&bundle.join("other.json"))["annotations"]["mig.lease"].is_string(), "{name}");
+        assert!(document(&other)["annotations"]["mig.lease"].is_string(), "{name}");
         assert_eq!(std::fs::read(bundle.join("config.json")).unwrap(), silent, "{name}");
         assert_eq!(code(&world.shim(&["delete", id])), 0, "{name}");
         world.assert_clean(name);

@@ -36,7 +36,8 @@ fn capability(text: &str) {
 
 /// /proc/devices: what stands under the block devices is none of the driver's.
 fn devices(text: &str) {
-    let character = text.split("Block devices").next().unwrap();
+    let character: Vec<&str> = text.lines().take_while(|line| !line.starts_with("Block devices")).collect();
+    let character = character.join("\n");
     for name in ["nvidia", "nvidia-caps", "nvidia-uvm"] {
         let found = host::major(text, name);
         assert!(found.is_none_or(|major| character.contains(&major.to_string())), "{name}: {found:?}");
