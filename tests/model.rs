@@ -7,6 +7,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use common::{Init, World};
 use mig_hook::config::Settings;
@@ -16,7 +17,10 @@ use mig_hook::gpu::{Device, Gpu, Instance, Placement, Profile};
 use mig_hook::lease::Way;
 use mig_hook::request;
 use proptest::prelude::*;
+use serde_json::Value;
 
+/// Sequences that are tried, where PROPTEST_CASES does not say another number.
+const CASES: u32 = 64;
 const PROFILES: [&str; 5] = ["1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"];
 
 #[derive(Debug, Clone, Copy)]
@@ -209,9 +213,9 @@ impl Model {
         self.engine().reconcile().unwrap();
         let records = self.records();
         let tokens: Vec<&str> = self.held.iter().map(|held| held.token.as_str()).collect();
-        for (token, state) in &records {
-            let is_idle = state == "idle" && self.settings.idle_ttl.as_secs() > 0;
-            assert!(is_idle || tokens.contains(&token.as_str()), "{token} is {state}, but nobody has it");
+        for (token, lease) in &records {
+            let is_idle = lease["state"] == "idle" && self.settings.idle_ttl.as_secs() > 0;
+            assert!(is_idle || tokens.contains(&token.as_str()), "nobody has it: {lease}");
         }
         for held in &self.held {
             assert!(records.contains_key(&held.token), "the lease of a living holder is gone: {}", held.token);
@@ -236,16 +240,14 @@ impl Model {
         self.gpu.destroy_instance(&window.0, instance.id).unwrap();
     }
 
-    /// State of each lease by token, as the files say.
-    fn records(&self) -> BTreeMap<String, String> {
+    /// Each lease by token, as the files say.
+    fn records(&self) -> BTreeMap<String, Value> {
         let files = std::fs::read_dir(self.world.path("state/leases")).into_iter().flatten();
-        let read = |path: std::path::PathBuf| -> serde_json::Value {
-            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-        };
-        let lease = |lease: serde_json::Value| {
-            (lease["token"].as_str().unwrap().into(), lease["state"].as_str().unwrap().into())
-        };
-        files.map(|file| lease(read(file.unwrap().path()))).collect()
+        let read = |path: PathBuf| serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap();
+        files
+            .map(|file| read(file.unwrap().path()))
+            .map(|lease| (lease["token"].as_str().unwrap().into(), lease))
+            .collect()
     }
 
     /// What must hold at any moment.
@@ -267,27 +269,31 @@ impl Model {
         }
     }
 
-    /// Everybody ends: only what is not ours is left.
+    /// Everybody ends: what is left is not ours, or kept for the next.
     fn end(mut self) {
         self.held.clear();
         self.reconcile();
-        let kept: Vec<String> = self.records().into_keys().collect();
-        for token in kept {
-            self.engine().release(&token, None, "the test ends").unwrap();
-        }
+        let slices = self.records().into_values().flat_map(|lease| lease["slices"].as_array().unwrap().clone());
+        let kept = slices.map(|slice| {
+            let placement = serde_json::from_value(slice["placement"].clone()).unwrap();
+            (slice["gpu"].as_str().unwrap().to_owned(), placement, slice["uuid"].as_str().unwrap().to_owned())
+        });
+        let mut accounted: Vec<Window> = self.foreign.iter().cloned().chain(kept).collect();
         let mut there = windows(&self.gpu.devices().unwrap());
         there.sort();
-        self.foreign.sort();
-        if self.settings.idle_ttl.is_zero() {
-            assert_eq!(there, self.foreign, "instances = leases + foreign");
-        } else {
-            assert!(self.foreign.iter().all(|foreign| there.contains(foreign)));
-        }
+        accounted.sort();
+        assert_eq!(there, accounted, "instances = leases + foreign ones");
     }
 }
 
+fn configured() -> ProptestConfig {
+    let said = ProptestConfig::default();
+    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { said.cases } else { CASES };
+    ProptestConfig { cases, failure_persistence: None, ..said }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(configured())]
 
     #[test]
     fn nothing_is_held_twice_or_left_and_nothing_foreign_is_touched(
