@@ -31,8 +31,8 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check bench \
-    bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
+.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check audit fuzz \
+    bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,13 +77,23 @@ test-packages: build ## the packages, on booted Debian of SUITES: install, upgra
 test-docs: build ## run what README.md, docs/*.md and sim/README.md show: every block of commands, every file (root)
 	@scripts/test-docs
 
-check: ## formatting, clippy, documentation, shell scripts
+fuzz: ## every parser of what others write, by libFuzzer, TIME seconds each (10); TARGETS='plan config' for some (needs g++)
+	@nice scripts/fuzz
+
+check: ## formatting, clippy, documentation, shell scripts, licences and versions of the crates
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
-	shellcheck --external-sources scripts/demo scripts/engines.sh scripts/install-deps scripts/licences scripts/machine.sh \
+	shellcheck --external-sources scripts/demo scripts/dependencies scripts/engines.sh scripts/fuzz \
+	    scripts/install-deps scripts/licences scripts/machine.sh \
 	    scripts/package scripts/picture scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-docs scripts/test-engines \
 	    scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
+	scripts/dependencies
+
+audit: ## known vulnerabilities and withdrawn versions among the crates (needs RustSec's list; installs cargo-audit into target/tools)
+	$(CARGO) install --quiet --locked --root target/tools cargo-audit@0.22.2
+	for lock in Cargo.lock fuzz/Cargo.lock; do target/tools/bin/cargo-audit audit --deny yanked --file "$$lock" || exit 1; done
 
 bench: build ## what a slice costs, beside a plain container
 	@scripts/bench

@@ -17,7 +17,7 @@ use fuzz::runtimes::{CRUN, Opt, RUNC, Runtime, Takes};
 use mig_hook::first::{self, Verb};
 
 /// Variants of each file.
-const VARIANTS: u64 = 100;
+const VARIANTS: u64 = 300;
 
 /// Numbers below a limit, the same for the same seed (xorshift64).
 fn dice(seed: u64) -> impl FnMut(usize) -> usize {
