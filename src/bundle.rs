@@ -293,6 +293,16 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_written_as_they_were_read() {
+        let written = |text: &str| parse(text.as_bytes(), "config.json").unwrap().value.to_string();
+        for number in ["0.1", "5e-324", "1.7976931348623157e+308", "18446744073709551615", "-1"] {
+            assert_eq!(written(number), number);
+        }
+        let longer_than_a_double = written("184467442073709551615");
+        assert_eq!(written(&longer_than_a_double), longer_than_a_double);
+    }
+
+    #[test]
     fn trailing_text_and_halves_are_no_json() {
         for bad in ["", "{", "{} {}", "nul"] {
             assert!(matches!(parse(bad.as_bytes(), "config.json"), Err(BundleError::Json { .. })), "{bad}");

@@ -321,7 +321,21 @@ pub fn plan(args: impl IntoIterator<Item = OsString>) -> Plan {
         }
     }
     plan.id = plan.id.or_else(|| words.get(at).cloned());
+    if plan.verb == Verb::Kill {
+        plan.id = behind_all(words.get(at..).unwrap_or_default()).cloned().or(plan.id);
+    }
     plan
+}
+
+/// The container of runc's `kill 9 --all ID`: it takes an option to the front with the word behind it, though this one has no
+/// value.
+fn behind_all(words: &[OsString]) -> Option<&OsString> {
+    let is_all = |word: &OsString| ["--all", "-all", "-a", "--a"].iter().any(|all| word == all);
+    let before_end = words.split(|word| word == "--").next().unwrap_or_default();
+    before_end.windows(2).find_map(|pair| match pair {
+        [all, word] if is_all(all) && !is_all(word) => Some(word),
+        _ => None,
+    })
 }
 
 /// Single letters with a value: `-b DIR` everywhere, `-f FILE` of crun's create (but runc's `delete -f` is a flag), and
@@ -811,6 +825,8 @@ mod tests {
             ),
             ("kill c1 15", Verb::Kill, None, Some("c1")),
             ("kill --all c1 15", Verb::Kill, None, Some("c1")),
+            ("kill c1 15 --all", Verb::Kill, None, Some("c1")),
+            ("kill 15 --all c1", Verb::Kill, None, Some("c1")),
             (
                 "restore --bundle /b --pid-file /p --detach --image-path /i --work-path /w c1",
                 Verb::Restore,

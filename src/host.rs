@@ -235,7 +235,7 @@ pub fn access_minor(text: &str) -> Option<u32> {
 /// What the lines of mig-minors are of (`gpu0`, `config`), and the minors; or the line that has none.
 fn listed_minors(text: &str) -> Result<Vec<(&str, u32)>, &str> {
     let of_line = |line| {
-        let (name, minor): (&str, &str) = str::rsplit_once(line, ' ')?;
+        let (name, minor): (&str, &str) = str::split_once(line, ' ')?;
         Some((name.split('/').next()?, minor.parse().ok()?))
     };
     text.lines().map(|line| of_line(line).ok_or(line)).collect()
@@ -487,6 +487,8 @@ mod tests {
         fs::write(of("nvidia-caps/mig-minors"), text).unwrap();
         let host = Host::at(dir.path(), dir.path(), dir.path());
         assert_eq!(host.capability_minors().unwrap(), [1, 2, 3, 4]);
+        fs::write(of("nvidia-caps/mig-minors"), format!("{text}gpu1 gi0/access 9\n")).unwrap();
+        assert!(host.capability_minors().is_err(), "no part of a line is left out");
         fs::write(of("nvidia-caps/mig-minors"), format!("{text}gpu1/gi0/access none\n")).unwrap();
         let error = host.capability_minors().unwrap_err().to_string();
         assert!(error.contains("mig-minors has the line \"gpu1/gi0/access none\""), "{error}");

@@ -61,11 +61,11 @@ fn minors(root: &Path, text: &str) {
     };
     match Host::at(root, root, root).capability_minors() {
         Ok(minors) => {
-            assert!(minors.len() >= text.lines().filter(here).count(), "{minors:?}");
+            assert_eq!(minors.len(), text.lines().filter(here).count(), "{minors:?}");
             assert!(minors.iter().all(|minor| text.contains(&minor.to_string())), "{minors:?}");
         }
         Err(error) => {
-            let plain = |line: &str| line.rsplit_once(' ').is_some_and(|(_, minor)| minor.parse::<u32>().is_ok());
+            let plain = |line: &str| line.split_once(' ').is_some_and(|(_, minor)| minor.parse::<u32>().is_ok());
             assert!(!text.lines().all(plain), "{error}");
         }
     }
