@@ -16,7 +16,7 @@ pub fn check(data: &[u8]) {
 
     // What is written as glibc writes it is read as it was meant, behind an old cache too.
     let names: Vec<(String, String)> = String::from_utf8_lossy(data)
-        .split(|c: char| c == '\0' || c == '\n')
+        .split(['\0', '\n'])
         .take(64)
         .map(|line| line.chars().take(1000).collect::<String>())
         .map(|line| (line.rsplit('/').next().unwrap_or_default().to_owned(), line))
