@@ -112,31 +112,40 @@ impl Model {
         Engine::open(&self.settings, &self.gpu).unwrap()
     }
 
+    /// The n-th of those that it can be, counted around.
+    fn nth(&self, n: usize, fits: impl Fn(&Held) -> bool) -> Option<usize> {
+        let fitting: Vec<usize> = (0..self.held.len()).filter(|at| fits(&self.held[*at])).collect();
+        fitting.get(n % fitting.len().max(1)).copied()
+    }
+
     fn take(&mut self, step: Step) {
-        match step {
-            Step::Ask { profile, count } => self.ask(PROFILES[profile], count),
-            Step::Bind(n) => self.bind(n),
-            Step::Release(n) => self.release(n),
-            Step::ReleaseWrongly(n) => {
-                let Some(held) = self.held.get(n).filter(|held| held.container.is_some()) else { return };
-                let outcome = self.engine().release(&held.token, Some("somebody-else"), "it says so");
+        let chosen = match step {
+            Step::Bind(n) => self.nth(n, |held| held.container.is_none()),
+            Step::ReleaseWrongly(n) => self.nth(n, |held| held.container.is_some()),
+            Step::Rob(n) => self.nth(n, |held| !held.robbed),
+            Step::Release(n) | Step::Kill(n) => self.nth(n, |_| true),
+            _ => None,
+        };
+        match (step, chosen) {
+            (Step::Ask { profile, count }, _) => self.ask(PROFILES[profile], count),
+            (Step::Bind(_), Some(at)) => self.bind(at),
+            (Step::Release(_), Some(at)) => self.release(at),
+            (Step::ReleaseWrongly(_), Some(at)) => {
+                let outcome = self.engine().release(&self.held[at].token, Some("somebody-else"), "it says so");
                 assert!(matches!(outcome, Err(Failure::Stale(_))), "{outcome:?}");
             }
-            Step::Kill(n) if n < self.held.len() => drop(self.held.remove(n)),
-            Step::Reconcile => self.reconcile(),
-            Step::ForeignCut { profile, place } => self.cut_beside(PROFILES[profile], place),
-            Step::ForeignDestroy(n) if n < self.foreign.len() => {
-                let gone = self.foreign.remove(n);
+            (Step::Kill(_), Some(at)) => drop(self.held.remove(at)),
+            (Step::Reconcile, _) => self.reconcile(),
+            (Step::ForeignCut { profile, place }, _) => self.cut_beside(PROFILES[profile], place),
+            (Step::ForeignDestroy(n), _) if !self.foreign.is_empty() => {
+                let gone = self.foreign.remove(n % self.foreign.len());
                 self.destroy(&gone);
             }
-            Step::Rob(n) if n < self.held.len() => {
-                let robbed = self.held[n].slices[0].clone();
-                if !self.held[n].robbed {
-                    self.destroy(&robbed);
-                    self.held[n].robbed = true;
-                }
+            (Step::Rob(_), Some(at)) => {
+                self.destroy(&self.held[at].slices[0]);
+                self.held[at].robbed = true;
             }
-            Step::Kill(_) | Step::ForeignDestroy(_) | Step::Rob(_) => {}
+            _ => {} // nobody is there for it
         }
     }
 
@@ -174,8 +183,7 @@ impl Model {
         }
     }
 
-    fn bind(&mut self, n: usize) {
-        let Some(held) = self.held.get(n).filter(|held| held.container.is_none()) else { return };
+    fn bind(&mut self, at: usize) {
         self.containers += 1;
         let container = format!("c{}", self.containers);
         let process = Init::start();
@@ -186,23 +194,20 @@ impl Model {
             runtime_root: None,
             runtime: None,
         };
-        match self.engine().confirm(&held.token, &binding) {
+        match self.engine().confirm(&self.held[at].token, &binding) {
             Ok(_) => {
-                let held = &mut self.held[n];
+                let held = &mut self.held[at];
                 held.process = process; // the engine may end now
                 held.container = Some(container);
             }
             // What was robbed may have been found out.
-            Err(Failure::Stale(_)) if held.robbed => {}
+            Err(Failure::Stale(_)) if self.held[at].robbed => {}
             Err(other) => panic!("{other}"),
         }
     }
 
-    fn release(&mut self, n: usize) {
-        if n >= self.held.len() {
-            return;
-        }
-        let Held { token, process, container, .. } = self.held.remove(n);
+    fn release(&mut self, at: usize) {
+        let Held { token, process, container, .. } = self.held.remove(at);
         drop(process);
         let outcome = self.engine().release(&token, container.as_deref(), "it has ended").unwrap();
         assert!(matches!(outcome, Released::Done | Released::Unknown), "{outcome:?}");
