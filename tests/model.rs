@@ -80,6 +80,8 @@ struct Model {
     settings: Settings,
     held: Vec<Held>,
     foreign: Vec<Window>,
+    /// What another tool has destroyed of ours.
+    robbed: Vec<Window>,
     containers: usize,
 }
 
@@ -105,7 +107,7 @@ impl Model {
         world.settings(if idle { "[slices]\nidle_ttl = \"1h\"" } else { "" });
         let settings = Settings::load(Some(&world.config())).unwrap();
         let gpu = Nvml::at(&settings.nvml);
-        Model { world, gpu, settings, held: Vec::new(), foreign: Vec::new(), containers: 0 }
+        Model { world, gpu, settings, held: Vec::new(), foreign: Vec::new(), robbed: Vec::new(), containers: 0 }
     }
 
     fn engine(&self) -> Engine<'_> {
@@ -142,7 +144,9 @@ impl Model {
                 self.destroy(&gone);
             }
             (Step::Rob(_), Some(at)) => {
-                self.destroy(&self.held[at].slices[0]);
+                let gone = self.held[at].slices[0].clone();
+                self.destroy(&gone);
+                self.robbed.push(gone);
                 self.held[at].robbed = true;
             }
             _ => {} // nobody is there for it
@@ -234,7 +238,7 @@ impl Model {
         let at = profile.placements[place % profile.placements.len()];
         // Cut again at the same place, it would be the same to everybody: ids and UUIDs come again.
         let window = (device.uuid.clone(), at, String::new());
-        if self.held.iter().flat_map(|held| &held.slices).any(|slice| overlap(slice, &window)) {
+        if self.robbed.iter().any(|slice| overlap(slice, &window)) {
             return;
         }
         if let Ok(instance) = self.gpu.create_instance(&device.uuid, profile.id, at) {
