@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mig_hook::first::{self, Plan, Verb};
 
-use super::runtimes::{CRUN, Line, RUNC};
+use super::runtimes::{CRUN, Line, Opt, RUNC, Takes};
 
 pub fn check(data: &[u8]) {
     let words: Vec<OsString> = data.split(|b| *b == b'\n').map(|word| OsString::from_vec(word.to_vec())).collect();
@@ -20,7 +20,17 @@ pub fn check(data: &[u8]) {
     let Some(words) = plan.rest.iter().map(|word| word.to_str()).collect::<Option<Vec<&str>>>() else { return };
     // Where the two read a line differently, it is read as runc does.
     let Some(line) = RUNC.read(&words).or_else(|| CRUN.read(&words)) else { return };
-    agrees(&plan, &line, &words);
+    if !ends_open(&line, &words) {
+        agrees(&plan, &line, &words);
+    }
+}
+
+/// Whether the last word is an option whose value is missing: runc takes any other word of the line for it, which nobody means.
+fn ends_open(line: &Line, words: &[&str]) -> bool {
+    let name = words.last().and_then(|word| word.strip_prefix("--").or(word.strip_prefix('-'))).unwrap_or_default();
+    let is_it = |option: &Opt| option.long == name || option.short.is_some_and(|short| name == short.to_string());
+    let options = RUNC.options(&line.verb).unwrap_or_default();
+    options.iter().any(|option| option.takes == Takes::Value && is_it(option))
 }
 
 fn agrees(plan: &Plan, line: &Line, words: &[&str]) {
