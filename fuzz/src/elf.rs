@@ -6,10 +6,8 @@ use std::io::{Seek, Write};
 
 use mig_hook::driver::elf::{self, Bits};
 
-use super::memory;
-
 thread_local! {
-    static FILE: RefCell<File> = RefCell::new(tempfile::tempfile_in(memory()).unwrap());
+    static FILE: RefCell<File> = RefCell::new(tempfile::tempfile().unwrap());
 }
 
 pub fn check(data: &[u8]) {

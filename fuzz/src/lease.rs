@@ -8,8 +8,6 @@ use mig_hook::store::{Lock, Store};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::memory;
-
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
 struct State {
@@ -23,7 +21,7 @@ thread_local! {
 }
 
 fn fresh() -> State {
-    let dir = tempfile::Builder::new().prefix("mig-fuzz").tempdir_in(memory()).unwrap();
+    let dir = tempfile::Builder::new().prefix("mig-fuzz").tempdir().unwrap();
     let store = Store::open(&dir.path().join("state")).unwrap();
     let lock = store.lock(Duration::ZERO).unwrap();
     State { dir, store, lock }

@@ -14,11 +14,3 @@ pub mod request;
 pub mod runtimes;
 pub mod settings;
 pub mod state;
-
-use std::path::PathBuf;
-
-/// Memory, where there is some: a file is written for each input.
-fn memory() -> PathBuf {
-    let shared = PathBuf::from("/dev/shm");
-    if shared.is_dir() { shared } else { std::env::temp_dir() }
-}
