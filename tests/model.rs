@@ -20,7 +20,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 /// Sequences that are tried, where PROPTEST_CASES does not say another number.
-const CASES: u32 = 64;
+const CASES: u32 = 48;
 const PROFILES: [&str; 5] = ["1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"];
 
 #[derive(Debug, Clone, Copy)]
