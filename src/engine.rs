@@ -397,17 +397,18 @@ impl<'a> Engine<'a> {
     }
 
     fn release_announced(&self, token: &str, why: &str) -> Result<Released, Failure> {
+        let begun = Instant::now();
         let mut pauses = RELEASE_PAUSES.iter();
         loop {
             let lock = self.store.enter(RELEASE_LOCK_WAIT)?;
             let Some(lease) = self.store.get::<Lease>(token, VERSION)? else { return Ok(Released::Done) };
             if self.store.is_claimed(token) {
                 drop(lock);
-                self.store.wait_for_claim(token, RELEASE_LOCK_WAIT)?;
+                self.store.wait_for_claim(token, RELEASE_LOCK_WAIT.saturating_sub(begun.elapsed()))?;
                 continue;
             }
-            let begun = self.begin_to_free(&lock, lease, why);
-            let (lock, actions) = self.free_apart(lock, vec![begun])?;
+            let ending = self.begin_to_free(&lock, lease, why);
+            let (lock, actions) = self.free_apart(lock, vec![ending])?;
             drop(lock);
             match (actions.into_iter().next(), pauses.next()) {
                 (Some(action), _) if action.result == "freed" => return Ok(Released::Done),
