@@ -31,7 +31,7 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check audit fuzz \
+.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check audit conformance fuzz \
     bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
 
 help: ## this list
@@ -76,6 +76,9 @@ test-packages: build ## the packages, on booted Debian of SUITES: install, upgra
 
 test-docs: build ## run what README.md, docs/*.md and sim/README.md show: every block of commands, every file (root)
 	@scripts/test-docs
+
+conformance: build ## clients that others wrote on the simulator, held against the scoreboard in sim/README.md (root; pip, cargo)
+	@scripts/conformance
 
 fuzz: ## every parser of what others write, by libFuzzer, TIME seconds each (10); TARGETS='plan config' for some (needs g++)
 	@nice scripts/fuzz

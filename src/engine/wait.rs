@@ -557,8 +557,33 @@ fn asker() -> Option<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::RELOCK_WAIT;
+    use super::super::{BIND_LOCK_WAIT, BUSY_LIMIT, RELEASE_LOCK_WAIT, RELEASE_PAUSES, RELOCK_WAIT};
     use super::*;
+    use crate::lease;
+
+    #[test]
+    fn the_bounds_that_are_documented_are_those_of_the_code() {
+        let ms = Duration::from_millis;
+        let bounds = [
+            ACQUIRE_LOCK_WAIT,
+            BIND_LOCK_WAIT,
+            RELEASE_LOCK_WAIT,
+            RELOCK_WAIT,
+            CONTAINER_WAIT,
+            WAITER_LOCK_WAIT,
+            BUSY_LIMIT,
+            RELEASE_PAUSES.iter().sum(),
+            ms(lease::UNBOUND_LIMIT_MS),
+            ms(lease::JOB_START_LIMIT_MS),
+            ms(lease::ORPHAN_WAIT_MS),
+        ];
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reliability.md");
+        let page = std::fs::read_to_string(page).unwrap();
+        let table = page.split("\n## Bounds\n").nth(1).unwrap();
+        let rows = table.lines().filter_map(|line| line.strip_prefix("| ")?.strip_suffix(" s |")?.rsplit(" | ").next());
+        let told: Vec<Duration> = rows.map(|seconds| Duration::from_secs_f64(seconds.parse().unwrap())).collect();
+        assert_eq!(told, bounds);
+    }
 
     #[test]
     fn every_hook_that_waits_has_the_time_for_it() {
