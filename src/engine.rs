@@ -41,7 +41,7 @@ pub use cordon::{Cordon, Cordons, Occupant};
 use cutting::NotCut;
 pub use destroy::{Destroyed, Place};
 pub use driver::driver_files;
-use freeing::{Begun, RELOCK_WAIT};
+use freeing::{ABANDONED, Begun, RELOCK_WAIT};
 pub use job::published_job;
 pub use layout::{Change, Target, Watch};
 pub use mode::{Changed, Client};
@@ -464,7 +464,7 @@ impl<'a> Engine<'a> {
                 self.store.put(&lock, &lease.token, &lease)?;
             }
             begun.push(match verdict {
-                Verdict::Keep(reason) => Begun::Done(action(&lease, "kept", reason)),
+                Verdict::Keep(reason) => Begun::Done(self.kept(&lease, reason)),
                 Verdict::UnderWay(reason) => Begun::Done(action(&lease, "busy", reason)),
                 Verdict::Free(reason) => self.begin_to_free(&lock, lease, reason),
                 Verdict::Orphan => self.orphan(&lock, lease)?,
@@ -547,14 +547,27 @@ impl<'a> Engine<'a> {
 
     /// Whether a process of its holder lives, or has what it has open.
     fn held(&self, lease: &Lease) -> bool {
-        self.is_occupied(lease)
-            || self.users().having_open(&lease.minors().collect()).is_ok_and(|process| process.is_some())
+        self.remaining(lease).is_some()
     }
 
-    /// Whether a process is in its cgroup, or of the tree of `migctl run`.
-    fn is_occupied(&self, lease: &Lease) -> bool {
-        let in_cgroup = lease.holder.cgroup.as_deref().is_some_and(|c| !host::processes_in(c).is_empty());
-        in_cgroup || self.store.is_held(&lease.token)
+    /// Such a process, in words.
+    fn remaining(&self, lease: &Lease) -> Option<String> {
+        let having_open = || self.users().having_open(&lease.minors().collect()).ok().flatten();
+        self.occupant(lease).or_else(|| Some(format!("{} has it open", process_in_words(having_open()?))))
+    }
+
+    /// A process in its cgroup, or of the tree of `migctl run`, in words.
+    fn occupant(&self, lease: &Lease) -> Option<String> {
+        let in_cgroup = lease.holder.cgroup.as_deref().and_then(|c| host::processes_in(c).first().copied());
+        let in_tree =
+            || self.store.is_held(&lease.token).then(|| "a process that its command has left is alive".into());
+        in_cgroup.map(|pid| format!("{} is in its cgroup", process_in_words(pid))).or_else(in_tree)
+    }
+
+    /// A lease that stays, with what keeps it where that is not its holder's being alive.
+    fn kept(&self, lease: &Lease, reason: &str) -> Action {
+        let by = (lease.state == State::Quarantined).then(|| self.remaining(lease)).flatten();
+        action(lease, "kept", &by.map_or_else(|| reason.to_owned(), |by| format!("{reason}: {by}")))
     }
 
     /// A container that was created, whose engine died, and that nobody can start any more: its bundle is gone. The
@@ -567,7 +580,7 @@ impl<'a> Engine<'a> {
         Ok(match self.abandoned(&lease, since) {
             Err(why) => kept(why),
             Ok((program, id)) if runtime::delete_force(program, lease.holder.runtime_root.as_deref(), id) => {
-                self.begin_to_free(lock, lease, "it was created and abandoned by its engine")
+                self.begin_to_free(lock, lease, ABANDONED)
             }
             Ok(_) => kept("its container is abandoned, but its runtime does not delete it"),
         })
@@ -668,6 +681,10 @@ fn written_pid_file(holder: &Holder) -> Option<PidFile> {
 
 fn index_of(holder: &Holder) -> Option<String> {
     index_name(holder.runtime_root.as_deref(), holder.container.as_deref()?)
+}
+
+fn process_in_words(pid: u32) -> String {
+    format!("process {pid} ({})", host::process_name(pid))
 }
 
 fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {

@@ -206,7 +206,7 @@ fn kill_release(way: Way) {
         stage.must_acquire("before")
     };
     stage.at_every_call(
-        60,
+        30,
         prepare,
         |token| stage.release(token),
         |_, when| {
@@ -287,7 +287,7 @@ fn gc_killed_at_every_call_is_finished_by_the_next() {
             stage.assert_nothing_left(&when);
             killed_at = nth;
         }
-        assert!((60..MANY - 1).contains(&killed_at), "killed at {killed_at} calls only");
+        assert!((30..MANY - 1).contains(&killed_at), "killed at {killed_at} calls only");
         stage.assert_nothing_left("after the gc that was not killed");
         let past = MUTATORS.iter().filter(|call| {
             prepare();
@@ -511,7 +511,7 @@ fn the_start_of_a_job_killed_at_every_call_is_made_good_by_the_next() {
 fn the_end_of_a_job_killed_at_every_call_leaves_nothing() {
     let stage = Stage::new(Way::Podman);
     stage.at_every_call(
-        60,
+        30,
         || assert!(stage.start_job().status.success()),
         |()| stage.end_job(),
         |(), when| {

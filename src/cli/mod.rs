@@ -93,7 +93,7 @@ enum Verb {
     /// Give back the slices of a container that has ended
     Release(release::Args),
     /// Free what nobody holds any more, and finish what was interrupted
-    Gc,
+    Gc(gc::Args),
     /// Cut slices that stay, for whoever asks for them
     Create(create::Args),
     /// Take GPU instances away, with their compute instances
@@ -227,7 +227,7 @@ fn run(args: &Args) -> Result<u8> {
         Verb::Leases => leases::run(&settings()?, args.json),
         Verb::Plan(verb) => plan::run(&settings()?, verb, args.json),
         Verb::Release(verb) => release::run(&settings()?, verb, args.json),
-        Verb::Gc => gc::run(&settings()?, args.json),
+        Verb::Gc(gc) => gc::run(&settings()?, gc, args.json),
         Verb::Create(verb) => create::run(&settings()?, verb, args.json),
         Verb::Destroy(verb) => destroy::run(&settings()?, verb, args.json),
         Verb::Adopt(verb) => adopt::run(&settings()?, verb, args.json),

@@ -6,11 +6,13 @@ use std::time::Duration;
 use crate::container;
 use crate::gpu::{ComputeInstance, GpuError, Instance};
 use crate::host;
-use crate::lease::{Lease, State, Step, Way};
+use crate::lease::{Lease, State, Step, Verdict, Way};
 use crate::store::{Claim, Lock};
 
-use super::{Action, Engine, Failure, action, audit_release, index_of};
+use super::{Action, Engine, Failure, action, audit_release, index_of, process_in_words};
 
+/// Why an orphan goes.
+pub(super) const ABANDONED: &str = "it was created and abandoned by its engine";
 /// Longest wait for the lock of one who had it and gave it up to work: nobody has it for long meanwhile.
 pub(super) const RELOCK_WAIT: Duration = Duration::from_secs(10);
 
@@ -102,12 +104,50 @@ impl Engine<'_> {
         lease.reason = Some(why.to_owned());
         lease.ended_ms.get_or_insert_with(host::wall_ms);
         // Whatever became of its slices, nobody else gets their minors while a process has them.
-        let result = match before == State::Quarantined && self.held(&lease) {
-            true => Ok(Some(Obstacle::Held(format!("a process of {} still lives or has it open", lease.held_by())))),
-            false => self.store.put(lock, &lease.token, &lease).map(|()| None).map_err(Failure::from),
+        let remaining = (before == State::Quarantined).then(|| self.remaining(&lease)).flatten();
+        let result = match remaining {
+            Some(process) => Ok(Some(Obstacle::Held(process))),
+            None => self.store.put(lock, &lease.token, &lease).map(|()| None).map_err(Failure::from),
         };
-        let recovering = matches!(before, State::Pending | State::Quarantined);
+        let recovering = is_left_halfway(before);
         Begun::Ending(Box::new(Ending { lease, why: why.to_owned(), recovering, claim, result }))
+    }
+
+    /// What `reconcile` would do with each lease as things stand. Changes nothing and tries nothing, so that of what the driver
+    /// calls in use only those are known whom it lists.
+    pub fn foresee(&self) -> Result<Vec<Action>, Failure> {
+        let leases = if self.is_outlived()? { Vec::new() } else { self.leases()? };
+        leases.into_iter().map(|lease| self.foresee_one(lease)).collect()
+    }
+
+    fn foresee_one(&self, lease: Lease) -> Result<Action, Failure> {
+        let (lease, _, verdict) = self.examine(lease);
+        let why = match verdict {
+            Verdict::Keep(reason) => return Ok(self.kept(&lease, reason)),
+            Verdict::UnderWay(reason) => return Ok(action(&lease, "busy", reason)),
+            Verdict::Free(why) => why,
+            Verdict::Orphan => {
+                match self.abandoned(&lease, lease.holder.bundle_missing_boot_ms.unwrap_or_else(host::boot_ms)) {
+                    Err(why) => return Ok(action(&lease, "kept", why)),
+                    Ok(_) => ABANDONED,
+                }
+            }
+        };
+        let users = self.users();
+        for (at, slice) in lease.slices.iter().enumerate() {
+            let in_the_way = match self.to_destroy(&lease, at, is_left_halfway(lease.state))? {
+                ToDestroy::Nothing => None,
+                ToDestroy::Not(Obstacle::Held(what)) => return Ok(action(&lease, "quarantined", &what)),
+                ToDestroy::Not(Obstacle::Busy(what)) => Some(what),
+                ToDestroy::Instance(instance) => users
+                    .of(&slice.gpu, slice.gpu_minor, &instance)?
+                    .map(|pid| format!("{} uses it", process_in_words(pid))),
+            };
+            if let Some(what) = in_the_way {
+                return Ok(action(&lease, "busy", &format!("{why}; {what}")));
+            }
+        }
+        Ok(action(&lease, "freed", why))
     }
 
     fn destroy_all(&self, ending: &mut Ending) {
@@ -181,10 +221,8 @@ impl Engine<'_> {
         }
         if !slice.ours || lease.holder.way.is_bare() {
             // The next one must find nobody in it. Of a container the runtime has seen to that.
-            let who = lease.held_by();
-            let busy = || ToDestroy::Not(Obstacle::Busy(format!("a process of {who} still lives or has it open")));
-            if self.held(lease) {
-                return Ok(busy());
+            if let Some(process) = self.remaining(lease) {
+                return Ok(ToDestroy::Not(Obstacle::Busy(process)));
             }
             if !slice.ours {
                 return Ok(ToDestroy::Nothing);
@@ -246,6 +284,11 @@ impl Engine<'_> {
         audit_release(lease);
         Ok(())
     }
+}
+
+/// Whether a killed process may have left it, so that more exists than is recorded, or less.
+pub(super) fn is_left_halfway(state: State) -> bool {
+    matches!(state, State::Pending | State::Quarantined)
 }
 
 fn failed(lease: &Lease, why: &str, failure: &Failure) -> Action {

@@ -17,7 +17,7 @@ impl Engine<'_> {
         !self.settings.idle_ttl.is_zero()
             && lease.state == State::Active
             && lease.slices.iter().all(whole)
-            && !self.is_occupied(lease)
+            && self.occupant(lease).is_none()
             && self.are_unused(&lease.slices).unwrap_or(false)
     }
 

@@ -12,7 +12,7 @@ use crate::profile;
 use crate::request::{Request, Want, format_wants};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
-use super::freeing::ToDestroy;
+use super::freeing::{ABANDONED, ToDestroy, is_left_halfway};
 use super::keep::take_vanished;
 use super::users::Users;
 use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
@@ -379,7 +379,7 @@ impl Engine<'_> {
                 Verdict::Free(reason) => Some(reason),
                 Verdict::Orphan => {
                     let since = lease.holder.bundle_missing_boot_ms.unwrap_or_else(host::boot_ms);
-                    self.abandoned(&lease, since).is_ok().then_some("it was created and abandoned by its engine")
+                    self.abandoned(&lease, since).is_ok().then_some(ABANDONED)
                 }
             };
             let instances = match reason {
@@ -402,10 +402,9 @@ impl Engine<'_> {
 
     /// The GPU instances that would be destroyed with a lease; `None` where something is in the way.
     fn instances_of_ended(&self, lease: &Lease) -> Result<Option<Vec<(String, u32)>>, Failure> {
-        let recovering = matches!(lease.state, State::Pending | State::Quarantined);
         let mut instances = Vec::new();
         for (at, slice) in lease.slices.iter().enumerate() {
-            match self.to_destroy(lease, at, recovering)? {
+            match self.to_destroy(lease, at, is_left_halfway(lease.state))? {
                 ToDestroy::Nothing => {}
                 ToDestroy::Not(_) => return Ok(None),
                 ToDestroy::Instance(instance) => {

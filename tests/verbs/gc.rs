@@ -1,8 +1,11 @@
 //! `migctl gc`.
 
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::Command;
+
 use serde_json::{Value, json};
 
-use crate::common::{World, text};
+use crate::common::{Init, World, run, skip, text};
 use crate::{asked, code, document, schema, shown, snapshot};
 
 #[test]
@@ -38,5 +41,61 @@ fn gc_says_what_it_did_with_each_lease() {
     snapshot(&world, "gc-freed", &shown(&world, &["gc"]));
     world.assert_clean("after gc");
     snapshot(&world, "gc-nothing", &shown(&world, &["gc"]));
-    assert_eq!(document(&world, &["gc"]), json!({"version": 1, "actions": []}));
+    assert_eq!(document(&world, &["gc"]), json!({"version": 1, "dry_run": false, "actions": []}));
+}
+
+#[test]
+fn a_dry_run_says_what_gc_would_do_and_does_nothing() {
+    let world = World::new(&["a100-sxm4-80gb"]);
+    let nothing = world.migctl(&["gc", "--dry-run"]);
+    assert!(nothing.status.success() && !world.path("state").exists(), "{}", text(&nothing));
+    world.recording_runtime(0);
+    let (_bundle, _living) = world.living("living", &asked("1g.10gb"));
+    let (_bundle, dead) = world.living("dead", &asked("1g.10gb"));
+    let (_bundle, used) = world.living("used", &asked("1g.10gb"));
+    let (_bundle, held) = world.living("held", &asked("1g.10gb"));
+    for process in [dead, used, held] {
+        drop(process);
+    }
+    let of = |container: &str| {
+        let leases = world.leases();
+        leases.into_iter().find(|lease| lease["holder"]["container"] == container).unwrap()
+    };
+    let process = Init::start();
+    let pid = process.pid().to_string();
+    let gi = of("used")["slices"][0]["gi"].to_string();
+    world.sim("hold", &["--gpu", "0", "--gi", &gi, "--pid", &pid]);
+    world.edit_lease(of("held")["token"].as_str().unwrap(), |lease| lease["state"] = json!("quarantined"));
+    // O_PATH: there is no driver behind it.
+    let minor = of("held")["slices"][0]["ci_minor"].to_string();
+    let (node, major) = (world.path("cap"), world.machine()["majors"]["caps"].to_string());
+    if !run(Command::new("mknod").arg(&node).args(["c", &major, &minor])).status.success() {
+        return skip("gc --dry-run with an open capability", "no right to make device nodes");
+    }
+    let _open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&node).unwrap();
+    let before = (world.leases(), world.machine());
+    let output = world.migctl(&["gc", "--dry-run", "--json"]);
+    assert_eq!(code(&output), 75, "one is busy: {}", text(&output));
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    schema("gc", &told);
+    assert_eq!((world.leases(), world.machine()), before, "nothing was done");
+    let mut actions: Vec<(&str, &str, &str)> = told["actions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|a| {
+            let words = ["container", "result", "reason"].map(|key| a[key].as_str().unwrap());
+            (words[0], words[1], words[2])
+        })
+        .collect();
+    actions.sort_unstable();
+    let [dead, held, living, used] = actions[..] else { panic!("{told:#}") };
+    assert_eq!((dead.0, dead.1), ("dead", "freed"), "{told:#}");
+    let us = std::process::id();
+    assert!(held.1 == "kept" && held.2.contains(&format!("process {us} (")), "{told:#}");
+    assert!(held.2.ends_with("has it open"), "{told:#}");
+    assert_eq!((living.0, living.1), ("living", "kept"), "{told:#}");
+    assert_eq!(used.1, "busy", "{told:#}");
+    assert!(used.2.ends_with(&format!("process {pid} (sleep) uses it")), "{told:#}");
+    assert!(text(&world.migctl(&["gc", "--dry-run"])).contains("would be freed"));
 }
