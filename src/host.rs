@@ -3,6 +3,7 @@
 //! The driver's files lie under settable roots; pids, start times and the boot id always come from the real /proc.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -416,16 +417,25 @@ pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
 }
 
 /// Processes that have devices with this major open, each with their minors. Looks at every open file of every process.
+/// O_PATH opens nothing, and no device rule keeps a container with CAP_MKNOD from it: that must not hold another's slice.
 pub fn openers_of(major: u32) -> Vec<(u32, BTreeSet<u32>)> {
     let open = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        let devices = fds.filter_map(|fd| fs::metadata(fd.path()).ok()).filter_map(|meta| {
-            let (at, minor) = device(meta.rdev());
-            (meta.file_type().is_char_device() && at == major).then_some(minor)
-        });
+        let devices =
+            fds.filter_map(|fd| Some((fs::metadata(fd.path()).ok()?, fd.file_name()))).filter_map(|(meta, fd)| {
+                let (at, minor) = device(meta.rdev());
+                (meta.file_type().is_char_device() && at == major && !is_path_only(pid, &fd)).then_some(minor)
+            });
         Some((pid, devices.collect::<BTreeSet<u32>>())).filter(|(_, open)| !open.is_empty())
     };
     pids().into_iter().filter_map(open).collect()
+}
+
+/// Whether a descriptor is an O_PATH one (proc_pid_fdinfo(5): `flags:` in octal). One that can't be looked at is taken for open.
+fn is_path_only(pid: u32, fd: &OsStr) -> bool {
+    let text = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(fd)).unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+    flags.and_then(|octal| i32::from_str_radix(octal.trim(), 8).ok()).is_some_and(|flags| flags & libc::O_PATH != 0)
 }
 
 /// The kernel's id of this boot.

@@ -6,7 +6,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output};
 use std::sync::Mutex;
@@ -237,13 +236,7 @@ fn a_slice_whose_device_a_process_still_has_open_is_kept() {
     let world = World::new(&["a30-24gb"]);
     let (token, init) = bound(&world, "1g.6gb");
     drop(init);
-    let minor = lease(&world, &token)["slices"][0]["ci_minor"].to_string();
-    let (node, major) = (world.path("cap"), world.machine()["majors"]["caps"].to_string());
-    if !run(Command::new("mknod").arg(&node).args(["c", &major, &minor])).status.success() {
-        return skip("an open capability of a dead container", "no right to make device nodes");
-    }
-    // O_PATH: there is no driver behind it.
-    let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&node).unwrap();
+    let open = world.open_capability(&token);
     gc_does(&world, "kept", "devices open");
     assert_eq!(world.assert_consistent(&[], "while it is open").len(), 1);
     drop(open);
