@@ -321,7 +321,14 @@ pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
 /// what a terminal would obey.
 pub fn process_name(pid: u32) -> String {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    name.trim().chars().filter(|c| !c.is_control()).collect()
+    name.trim().chars().filter(|c| !steers(*c)).collect()
+}
+
+/// Whether a terminal would obey a character, or show what follows it the other way round (Unicode's UAX #9). Names that
+/// containers choose must not reach one with it.
+pub fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A living process of root's whose command line begins so. Others can call themselves what they like.

@@ -123,9 +123,8 @@ mount -t tmpfs -o dev,suid,exec tmpfs /tmp/fresh 2>/dev/null && echo mounted
 mount -o remount,rw,dev / 2>/dev/null
 mount -o remount,rw,dev /dev 2>/dev/null
 mount -o remount,rw /sys/fs/cgroup 2>/dev/null
-for file in /sys/fs/cgroup/devices.allow /sys/fs/cgroup/devices/devices.allow; do
-    echo a 2>/dev/null >"$file" && echo "opened $file"
-done
+list=/sys/fs/cgroup/devices/devices.allow
+if [ -e $list ] && { echo a >$list; } 2>/dev/null; then echo "opened $list"; fi
 for place in /tmp/fresh /dev / /tmp; do
     for device; do
         node=$place/attack
@@ -243,7 +242,10 @@ fn a_neighbours_lease_is_not_had_by_its_token() {
             assert_ne!(json!(own), lease["slices"][0]["uuid"], "{requests:?}");
             assert!(seen.nodes.is_empty() || requests.len() == 2, "{requests:?}: {}", text(&output));
             site.gc();
-            assert_eq!(site.leases(), [lease.clone()], "{requests:?}: the victim keeps what it has");
+            let left = site.lease();
+            for kept in ["/token", "/state", "/holder/container", "/slices"] {
+                assert_eq!(left.pointer(kept), lease.pointer(kept), "{requests:?}: the victim keeps what it has");
+            }
         }
         engine.ok(&["kill", &victim]);
         site.clean("after kill");
