@@ -132,7 +132,7 @@ fn names_of_strangers_reach_no_terminal_raw() {
     });
     let gi = world.instances()[0]["id"].to_string();
     world.sim("hold", &["--gpu", "0", "--gi", &gi, "--pid", &process.id().to_string()]);
-    let verbs: [&[&str]; 13] = [
+    let verbs: [&[&str]; 12] = [
         &["list"],
         &["leases"],
         &["map"],
@@ -140,7 +140,6 @@ fn names_of_strangers_reach_no_terminal_raw() {
         &["top", "--once"],
         &["history"],
         &["history", "--by", "image"],
-        &["metrics"],
         &["plan", "4g.24gb"],
         &["destroy", "--all"],
         &["drain", "0", "--wait", "0s"],
