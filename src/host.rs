@@ -428,14 +428,22 @@ pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
 pub fn openers_of(major: u32) -> Vec<(u32, BTreeSet<u32>)> {
     let open = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        let devices =
-            fds.filter_map(|fd| Some((fs::metadata(fd.path()).ok()?, fd.file_name()))).filter_map(|(meta, fd)| {
-                let (at, minor) = device(meta.rdev());
-                (meta.file_type().is_char_device() && at == major && !is_path_only(pid, &fd)).then_some(minor)
-            });
+        let devices = fds.filter_map(|fd| {
+            let (at, minor) = char_device(&fd.path())?;
+            (at == major && !is_path_only(pid, &fd.file_name())).then_some(minor)
+        });
         Some((pid, devices.collect::<BTreeSet<u32>>())).filter(|(_, open)| !open.is_empty())
     };
     pids().into_iter().filter_map(open).collect()
+}
+
+/// Major and minor of a character device. Asks no file system that answers from elsewhere (statx(2), AT_STATX_DONT_SYNC): one of
+/// FUSE whose server is a container's, or dead, would keep us for ever.
+fn char_device(path: &Path) -> Option<(u32, u32)> {
+    use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+    let meta = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    let is_char_device = FileType::from_raw_mode(meta.stx_mode.into()) == FileType::CharacterDevice;
+    is_char_device.then_some((meta.stx_rdev_major, meta.stx_rdev_minor))
 }
 
 /// Whether a descriptor is an O_PATH one (proc_pid_fdinfo(5): `flags:` in octal). One that can't be looked at is taken for open.

@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -154,6 +155,61 @@ fn names_of_strangers_reach_no_terminal_raw() {
     process.stdin.take().unwrap().write_all(b"\n").unwrap();
     process.wait().unwrap();
     drop(init);
+}
+
+/// Mounted, with a server that never answers. Gone after the test, whatever its end.
+struct Silent {
+    at: std::path::PathBuf,
+    server: std::process::Child,
+}
+
+impl Silent {
+    /// `None` where there can be none.
+    fn mount(world: &World) -> Option<Silent> {
+        let at = world.path("silent");
+        std::fs::create_dir(&at).unwrap();
+        let script = "exec 9<>/dev/fuse && mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 silent \"$1\" && \
+                      touch \"$1.there\" && exec sleep 60";
+        let mut server = Command::new("sh").args(["-c", script, "sh"]).arg(&at).stderr(Stdio::null()).spawn().unwrap();
+        let mut ended = false;
+        common::wait_for("the mount", Duration::from_secs(10), || {
+            ended = server.try_wait().unwrap().is_some();
+            ended || world.path("silent.there").exists()
+        });
+        (!ended).then_some(Silent { at, server })
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        let _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
+    }
+}
+
+/// Whoever looks for open devices meets the files of everybody.
+#[test]
+fn a_file_system_that_answers_nobody_keeps_nobody_waiting() {
+    let world = World::new(&["a30-24gb"]);
+    world.recording_runtime(0);
+    let (_bundle, init) = world.living("web", &config(json!({"mig.profile": "1g.6gb"}), &[]));
+    let Some(silent) = Silent::mount(&world) else {
+        return skip("attack: a file system that does not answer", "no FUSE can be mounted here");
+    };
+    // To open it otherwise is to wait for its server.
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let open = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(&silent.at).unwrap();
+    drop(init);
+    attack("an open file of a file system that does not answer");
+    let begun = Instant::now();
+    let output = world.migctl(&["doctor", "--json"]);
+    assert!(text(&output).contains("holder."), "it has looked at open devices: {}", text(&output));
+    assert_eq!(world.migctl(&["gc"]).status.code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    world.assert_clean("after gc");
+    drop(open);
+    drop(silent);
 }
 
 /// The stages of the classic hook, and the shim's other verbs, as tests/hook.rs does it for those of an edited config.
