@@ -31,8 +31,8 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages check audit conformance fuzz \
-    bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
+.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages test-attack check audit \
+    conformance fuzz bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -74,6 +74,9 @@ test-slurm-slow: build ## the same, and what waits for Slurm's slow clocks: many
 test-packages: build ## the packages, on booted Debian of SUITES: install, upgrade, removal, purge (root; installs lintian, rpm, ...)
 	@scripts/test-packages $(SUITES)
 
+test-attack: build ## the attacks that docs/security.md names, on real containers with canaries on the host (root; part of test)
+	@scripts/test-attack
+
 test-docs: build ## run what README.md, docs/*.md and sim/README.md show: every block of commands, every file (root)
 	@scripts/test-docs
 
@@ -90,8 +93,8 @@ check: ## formatting, clippy, documentation, shell scripts, licences and version
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 	shellcheck --external-sources scripts/demo scripts/dependencies scripts/engines.sh scripts/fuzz \
 	    scripts/install-deps scripts/licences scripts/machine.sh \
-	    scripts/package scripts/picture scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-docs scripts/test-engines \
-	    scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
+	    scripts/package scripts/picture scripts/roots.sh scripts/sbom scripts/tally.sh scripts/test scripts/test-attack scripts/test-docs \
+	    scripts/test-engines scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 	scripts/dependencies
 
 audit: ## known vulnerabilities and withdrawn versions among the crates (needs RustSec's list; installs cargo-audit into target/tools)

@@ -243,6 +243,7 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Cont
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     /// A directory with a canary that nothing may change.
     fn tree() -> (tempfile::TempDir, File) {
@@ -284,6 +285,58 @@ mod tests {
         assert!(directory(&inside, "absolute", ResolveFlag::RESOLVE_IN_ROOT).is_err());
         let up = directory(&inside, "up", ResolveFlag::RESOLVE_IN_ROOT).unwrap();
         assert_eq!(up.metadata().unwrap().ino(), inside.metadata().unwrap().ino());
+    }
+
+    /// Exchanges two entries until it is told to stop. How often it did.
+    fn exchange(one: &Path, two: &Path, stop: &AtomicBool) -> u32 {
+        let (here, mut rounds) = (nix::fcntl::AT_FDCWD, 0);
+        while !stop.load(Ordering::Relaxed) {
+            let done = nix::fcntl::renameat2(here, one, here, two, nix::fcntl::RenameFlags::RENAME_EXCHANGE);
+            rounds += u32::from(done.is_ok());
+        }
+        rounds
+    }
+
+    /// What is looked for by name is exchanged for a link to the host all the while: each step comes to what is inside, or fails.
+    #[test]
+    fn five_thousand_rounds_against_who_exchanges_what_we_make() {
+        let (dir, inside) = tree();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("host")).unwrap();
+        std::fs::write(path("host/uuids"), "as it was").unwrap();
+        std::fs::create_dir_all(path("in/mig-hook")).unwrap();
+        std::fs::create_dir_all(path("in/etc/run")).unwrap();
+        symlink(path("host"), path("in/swap")).unwrap();
+        symlink(path("host"), path("in/etc/swap")).unwrap();
+        let stop = AtomicBool::new(false);
+        let mut ends = [0; 2];
+        std::thread::scope(|scope| {
+            let swaps = [("in/mig-hook", "in/swap"), ("in/etc/run", "in/etc/swap")];
+            let swaps = swaps.map(|(one, two)| (path(one), path(two)));
+            let threads = swaps.map(|(one, two)| {
+                scope.spawn({
+                    let stop = &stop;
+                    move || exchange(&one, &two, stop)
+                })
+            });
+            for _ in 0..5000 {
+                let told = own_directory(&inside, PUBLIC).and_then(|own| write_file(&own, "uuids", "MIG-1\n"));
+                ends[usize::from(told.is_ok())] += 1;
+                // As the way to /run: links are followed, within the root.
+                if let Ok(run) = directory(&inside, "etc/run", ResolveFlag::RESOLVE_IN_ROOT) {
+                    let _ = make_room(&run, PUBLIC);
+                    let _ = symlinkat(OWN_DIR, &run, PUBLIC);
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+            let rounds = threads.map(|thread| thread.join().unwrap());
+            assert!(rounds.iter().all(|rounds| *rounds > 1000), "{rounds:?}");
+        });
+        assert!(ends.iter().all(|end| *end > 0), "both states were met: {ends:?}");
+        let left: Vec<_> = std::fs::read_dir(path("host")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["uuids"]);
+        assert_eq!(std::fs::read_to_string(path("host/uuids")).unwrap(), "as it was");
+        assert_eq!(canary(&dir), "as it was");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! The driver's files lie under settable roots; pids, start times and the boot id always come from the real /proc.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -320,7 +321,14 @@ pub fn command_line(pid: u32) -> Vec<std::ffi::OsString> {
 /// what a terminal would obey.
 pub fn process_name(pid: u32) -> String {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    name.trim().chars().filter(|c| !c.is_control()).collect()
+    name.trim().chars().filter(|c| !steers(*c)).collect()
+}
+
+/// Whether a terminal would obey a character, or show what follows it the other way round (Unicode's UAX #9). Names that
+/// containers choose must not reach one with it.
+pub fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A living process of root's whose command line begins so. Others can call themselves what they like.
@@ -416,16 +424,33 @@ pub fn holders_of(major: u32, minors: &BTreeSet<u32>) -> Vec<u32> {
 }
 
 /// Processes that have devices with this major open, each with their minors. Looks at every open file of every process.
+/// O_PATH opens nothing, and no device rule keeps a container with CAP_MKNOD from it: that must not hold another's slice.
 pub fn openers_of(major: u32) -> Vec<(u32, BTreeSet<u32>)> {
     let open = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        let devices = fds.filter_map(|fd| fs::metadata(fd.path()).ok()).filter_map(|meta| {
-            let (at, minor) = device(meta.rdev());
-            (meta.file_type().is_char_device() && at == major).then_some(minor)
+        let devices = fds.filter_map(|fd| {
+            let (at, minor) = char_device(&fd.path())?;
+            (at == major && !is_path_only(pid, &fd.file_name())).then_some(minor)
         });
         Some((pid, devices.collect::<BTreeSet<u32>>())).filter(|(_, open)| !open.is_empty())
     };
     pids().into_iter().filter_map(open).collect()
+}
+
+/// Major and minor of a character device. Asks no file system that answers from elsewhere (statx(2), AT_STATX_DONT_SYNC): one of
+/// FUSE whose server is a container's, or dead, would keep us for ever.
+fn char_device(path: &Path) -> Option<(u32, u32)> {
+    use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+    let meta = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+    let is_char_device = FileType::from_raw_mode(meta.stx_mode.into()) == FileType::CharacterDevice;
+    is_char_device.then_some((meta.stx_rdev_major, meta.stx_rdev_minor))
+}
+
+/// Whether a descriptor is an O_PATH one (proc_pid_fdinfo(5): `flags:` in octal). One that can't be looked at is taken for open.
+fn is_path_only(pid: u32, fd: &OsStr) -> bool {
+    let text = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(fd)).unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+    flags.and_then(|octal| i32::from_str_radix(octal.trim(), 8).ok()).is_some_and(|flags| flags & libc::O_PATH != 0)
 }
 
 /// The kernel's id of this boot.

@@ -401,23 +401,28 @@ struct Versioned {
     version: serde_json::Value,
 }
 
-/// Who holds a flock: /proc/locks names it by inode (`N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`).
+/// Who holds a flock.
 fn holder_of(path: &Path) -> String {
     match flock_holder(path) {
         Some(pid) => {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            format!("process {pid} ({})", name.trim())
+            let name: String = name.chars().filter(|c| !c.is_control()).collect();
+            format!("process {pid} ({name})")
         }
         None => "a process that /proc/locks does not name".into(),
     }
 }
 
 fn flock_holder(path: &Path) -> Option<u32> {
-    let inode = format!(":{}", path.metadata().ok()?.ino());
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let meta = path.metadata().ok()?;
+    let (major, minor) = (nix::sys::stat::major(meta.dev()), nix::sys::stat::minor(meta.dev()));
+    flock_in(&fs::read_to_string("/proc/locks").unwrap_or_default(), &format!("{major:02x}:{minor:02x}:{}", meta.ino()))
+}
+
+/// Who has the flock of a file in the text of /proc/locks: `N: FLOCK ADVISORY WRITE PID MAJ:MIN:INODE 0 EOF`.
+fn flock_in(locks: &str, file: &str) -> Option<u32> {
     let mut held = locks.lines().map(|l| l.split_whitespace().collect::<Vec<_>>());
-    let ours = held.find(|f| f.get(1) == Some(&"FLOCK") && f.get(5).is_some_and(|id| id.ends_with(&inode)))?;
-    ours.get(4)?.parse().ok()
+    held.find(|f| f.get(1) == Some(&"FLOCK") && f.get(5) == Some(&file))?.get(4)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -491,6 +496,13 @@ pub(crate) mod tests {
         let (_dir, store, _lock) = store();
         let error = store.lock(Duration::from_millis(20)).unwrap_err().to_string();
         assert!(error.contains(&std::process::id().to_string()), "{error}");
+    }
+
+    #[test]
+    fn a_lock_on_a_file_of_the_same_number_elsewhere_is_nobodys_here() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 666 00:2f:17 0 EOF\n2: FLOCK  ADVISORY  WRITE 7 00:1a:17 0 EOF\n";
+        assert_eq!(flock_in(locks, "00:1a:17"), Some(7));
+        assert_eq!(flock_in(locks, "00:1b:17"), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use common::{DEMO, World, binaries, config, document, feed, installed, run, skip, state, text};
+use common::{DEMO, World, attack, binaries, config, document, feed, installed, run, skip, state, text};
 use serde_json::{Value, json};
 
 /// Exit codes, as `report::Exit`.
@@ -300,6 +300,7 @@ fn a_hostile_state_is_refused_in_a_clean_sentence() {
         ("17 MB", hostile("x", json!("y".repeat(17 << 20)))),
     ];
     for (name, state) in states {
+        attack(&format!("a State with {name}"));
         let output = world.hook(&["createRuntime", "--lease", token], &state);
         assert!(output.status.code().is_some_and(|c| c != 0), "{name}: {}", text(&output));
         assert_message(name, &String::from_utf8_lossy(&output.stderr));

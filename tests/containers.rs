@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "containers/attack.rs"]
+mod attack;
 #[path = "containers/cdi.rs"]
 mod cdi;
 #[path = "containers/cgroup2.rs"]

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
+use crate::host;
 use crate::report::{self, Exit, Misused};
 
 use super::counted;
@@ -212,7 +213,7 @@ fn label(status: Status) -> String {
 
 /// What others wrote (names, files, versions) without what a terminal would obey; on one line.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text.chars().map(|c| if host::steers(c) { ' ' } else { c }).collect()
 }
 
 fn summary(checks: &[Check]) -> String {

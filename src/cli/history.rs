@@ -520,7 +520,7 @@ fn sums_table(history: &History, by: By) -> String {
 
 /// Whoever starts a container chooses its names: they must not steer the terminal of who reads them.
 fn printable(text: &str) -> String {
-    text.replace(char::is_control, "\u{fffd}")
+    text.replace(host::steers, "\u{fffd}")
 }
 
 fn total(history: &History) -> String {

@@ -41,6 +41,15 @@ pub fn skip(what: &str, why: &str) {
     }
 }
 
+/// Notes an attack that this test tries: scripts/test-attack counts them. A test that notes none counts as one.
+pub fn attack(what: &str) {
+    if let Some(file) = std::env::var_os("MIG_TEST_ATTACKS") {
+        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
+        let line = format!("{}: {what}\n", std::thread::current().name().unwrap_or("?"));
+        file.write_all(line.as_bytes()).unwrap();
+    }
+}
+
 impl World {
     /// A machine with these boards, MIG on.
     pub fn new(boards: &[&str]) -> World {
@@ -404,6 +413,17 @@ impl World {
         let mut lease: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         edit(&mut lease);
         std::fs::write(&path, lease.to_string()).unwrap();
+    }
+
+    /// Opens the capability of a lease's compute instance. No driver answers for a simulated one, so by this machine's numbers
+    /// it is then /dev/full.
+    pub fn open_capability(&self, token: &str) -> std::fs::File {
+        let devices = self.path("m/proc/devices");
+        let text = std::fs::read_to_string(&devices).unwrap();
+        let caps = self.machine()["majors"]["caps"].to_string();
+        std::fs::write(&devices, text.replace(&format!("{caps} nvidia-caps\n"), "1 nvidia-caps\n")).unwrap();
+        self.edit_lease(token, |lease| lease["slices"][0]["ci_minor"] = json!(7));
+        std::fs::File::open("/dev/full").unwrap()
     }
 
     /// `mig-hook precreate`, started by a shell that ends with it: the owner of what it leaves is dead.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::{binaries, document, run, text, wait_for};
+use crate::common::{attack, binaries, document, run, text, wait_for};
 use crate::runtimes::bundle;
 use crate::{Probe, SOON, Site, detached, installed, kill, must};
 
@@ -308,6 +308,7 @@ fn images_lead_nowhere() {
         }),
     ];
     for (runtime, (name, how)) in ["runc", "crun"].into_iter().flat_map(|r| cases.iter().map(move |c| (r, c))) {
+        attack(&format!("an image before the classic hook: {name}"));
         let id = format!("{runtime}-{name}");
         let dir = hooked(&site, &id, json!({"mig.profile": "1g.10gb"}), &["sh", "-c", PROBE]);
         change(&dir, |config| how(&dir, config));

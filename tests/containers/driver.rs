@@ -289,6 +289,7 @@ fn hostile(engine: &Engine) {
         ("etc", format!("mkdir -p etc/OpenCL && ln -s {up} etc/OpenCL/vendors")),
         ("run", format!("rm -rf run && ln -s {c} run")),
         ("compat", format!("mkdir -p usr/local/cuda && ln -s {c} usr/local/cuda/compat")),
+        ("cache", format!("mkdir -p etc && ln -s {c}/secret etc/ld.so.cache && ln -s {c} etc/ld.so.conf.d")),
         ("loop", "mkdir -p usr/lib && ln -s lib64 usr/lib64".to_owned()),
         ("directory", "mkdir -p usr/lib64/libcuda.so.1/x".to_owned()),
         ("fifo", "mkdir -p usr/lib64 && mkfifo usr/lib64/libcuda.so.1".to_owned()),
@@ -298,6 +299,7 @@ fn hostile(engine: &Engine) {
     let look = "find / -xdev -name secret 2>/dev/null; cat /usr/lib64/libcuda.so.1 /usr/bin/secret 2>/dev/null | head -c 99; \
                 echo looked";
     for (name, change) in cases {
+        crate::common::attack(&format!("an image: {name}"));
         let image = image(engine, name, &change, &env);
         let output = run(&mut engine.request(&ASK, &["--rm", &image], &["/bin/sh", "-c", look]));
         let all = text(&output);

@@ -63,6 +63,7 @@ fn links_and_preloads(engine: &Engine) {
         ("up", format!("{copy} && rmdir dev && ln -s ../../../../../../../..{} dev", canary.display())),
     ];
     for (name, change) in cases {
+        crate::common::attack(&format!("an image: {name}"));
         let image = image(engine, name, &change, &env);
         // runc 1.1 and crun 1.8 follow a link at /dev out of the container by themselves: what they leave there without
         // a request is not ours to answer for.

@@ -299,20 +299,11 @@ fn a_slice_that_the_driver_does_not_let_go() {
 
 #[test]
 fn a_process_with_another_s_capability_open() {
-    use std::os::unix::fs::OpenOptionsExt;
-    if !can_make_nodes("doctor on an open capability") {
-        return;
-    }
     let machine = Patient::new(&["a30-24gb"], &[]);
     machine.world.recording_runtime(0);
     let (_bundle, _init) = machine.world.living("web", &asked("1g.6gb"));
     let lease = machine.world.lease();
-    let (major, minor) =
-        (machine.world.machine()["majors"]["caps"].to_string(), lease["slices"][0]["ci_minor"].to_string());
-    let node = machine.world.path("cap");
-    assert!(run(Command::new("mknod").arg(&node).args(["c", &major, &minor])).status.success());
-    // O_PATH: there is no driver behind it.
-    let open = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&node).unwrap();
+    let open = machine.world.open_capability(lease["token"].as_str().unwrap());
     let found = machine.only(&format!("holder.{}.0", lease["token"].as_str().unwrap()), "warn");
     assert!(found.contains(&format!("(pid {})", std::process::id())), "{found}");
     drop(open);
