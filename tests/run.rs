@@ -928,7 +928,7 @@ fn control_c_ends_a_wait_on_a_terminal_that_shows_it() {
     terminal.press("\x03");
     let status = terminal.end();
     assert!(status.signal().is_some_and(|signal| signal.contains("Interrupt")), "{status:?}");
-    assert!(terminal.shown().ends_with("\r\u{1b}[K"), "its line is taken away: {:?}", terminal.shown());
+    wait_for("its line to be taken away", IN_TIME, || terminal.shown().ends_with("\r\u{1b}[K"));
     assert_eq!(line(&world), Vec::<Value>::new());
     // Also where the shell is to hold it.
     let holder = std::process::id().to_string();
