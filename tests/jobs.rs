@@ -644,11 +644,7 @@ fn what_a_job_leaves_in_its_cgroup_keeps_the_slice() {
     let token = started(&world, KEY, USER, &["--cgroup", &cgroup.path(), "1g.6gb"])["token"].clone();
     let left = cgroup.start(&mut Process::sleep());
     let output = end(&world, KEY);
-    assert!(
-        code(&output) == 75 && text(&output).contains("a process of job slurm:mini:15 still lives"),
-        "{}",
-        text(&output)
-    );
+    assert!(code(&output) == 75 && text(&output).contains("(sleep) is in its cgroup"), "{}", text(&output));
     assert_eq!(looked_after(&world, &token).unwrap()["state"], "releasing");
     drop(left);
     assert_eq!(looked_after(&world, &token), None);
