@@ -6,10 +6,10 @@
 
 use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -762,8 +762,13 @@ pub fn hook(args: Vec<OsString>) -> i32 {
 
 /// Whether the shim waits for the runtime that has called us, and releases by itself (`Store::take_end`).
 fn is_taken(state_dir: &Path, token: &str) -> bool {
-    let intent = File::open(state_dir.join("intents").join(format!("{token}.ready")));
-    intent.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    is_locked(&state_dir.join("intents").join(format!("{token}.ready")))
+}
+
+/// Whether somebody has that file locked (flock(2)) for himself alone. Takes the lock for a moment where nobody has.
+pub fn is_locked(path: &Path) -> bool {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Reads standard input to its end, or the runtime that writes the State gets EPIPE; crun 1.28 writes many lines.

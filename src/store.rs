@@ -14,6 +14,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::first::is_locked;
+
 mod claim;
 mod line;
 mod public;
@@ -198,13 +200,8 @@ impl Store {
 
     /// Every token that has a record, in name order.
     pub fn tokens(&self) -> Result<Vec<String>, StoreError> {
-        let dir = self.dir.join("leases");
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(io_error("list", &dir))?,
-        };
-        let token = |e: fs::DirEntry| Some(e.file_name().to_str()?.strip_suffix(".json")?.to_owned());
-        let mut tokens: Vec<String> = entries.flatten().filter_map(token).collect();
+        let token = |name: String| Some(name.strip_suffix(".json")?.to_owned());
+        let mut tokens: Vec<String> = names_in(&self.dir.join("leases"))?.filter_map(token).collect();
         tokens.sort();
         Ok(tokens)
     }
@@ -309,8 +306,7 @@ impl Store {
 
     /// Whether a process has that descriptor open.
     pub fn is_held(&self, token: &str) -> bool {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(self.holder(token));
-        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
+        is_locked(&self.holder(token))
     }
 
     fn write(&self, _lock: &Lock, path: &Path, text: &[u8]) -> Result<(), StoreError> {
@@ -324,6 +320,15 @@ impl Store {
             _ => Ok(()),
         }
     }
+}
+
+/// The names in a directory of the state; none where it is missing.
+fn names_in(dir: &Path) -> Result<impl Iterator<Item = String> + use<>, StoreError> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        entries => Some(entries.map_err(io_error("list", dir))?),
+    };
+    Ok(entries.into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok()))
 }
 
 /// Writes a record, replacing what is there in one step.

@@ -5,15 +5,15 @@
 //! between the claim is the right to write that one record. Who would rather find nothing under way waits for that with
 //! [`Store::lock_alone`], and those who want to begin something wait for it: [`Store::enter`].
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{Lock, Store, StoreError, flock, io_error, json_line, replace};
+use super::{Lock, Store, StoreError, flock, io_error, json_line, names_in, replace};
+use crate::first::is_locked;
 
 /// Proof that this process works on a lease. Given up on drop.
 #[derive(Debug)]
@@ -70,8 +70,7 @@ impl Store {
 
     /// Whether somebody works on that lease.
     pub fn is_claimed(&self, token: &str) -> bool {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(self.claimed(token));
-        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+        is_locked(&self.claimed(token))
     }
 
     /// Waits until nobody works on that lease any more; [`StoreError::Busy`] names who still does.
@@ -90,13 +89,7 @@ impl Store {
     }
 
     fn claims(&self) -> Result<Vec<String>, StoreError> {
-        let dir = self.dir.join("claims");
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(io_error("list", &dir))?,
-        };
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        Ok(names.filter(|token| self.is_claimed(token)).collect())
+        Ok(names_in(&self.dir.join("claims"))?.filter(|token| self.is_claimed(token)).collect())
     }
 }
 

@@ -6,7 +6,7 @@
 //! it, systemd among them: `fs.inotify.max_user_instances`.)
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Lock, Store, StoreError, io_error, put_json, read_json};
+use super::{Lock, Store, StoreError, io_error, names_in, put_json, read_json};
 
 /// A waiter's own bell.
 #[derive(Debug)]
@@ -64,13 +64,8 @@ impl Store {
 
     /// Everybody in the line by number, first come first. Some may be dead: they have no [bell](Store::bell_of).
     pub fn tickets(&self) -> Result<Vec<u64>, StoreError> {
-        let dir = self.dir.join("queue");
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(io_error("list", &dir))?,
-        };
-        let number = |e: fs::DirEntry| e.file_name().to_str()?.strip_suffix(".bell")?.parse().ok();
-        let mut numbers: Vec<u64> = entries.flatten().filter_map(number).collect();
+        let number = |name: String| name.strip_suffix(".bell")?.parse().ok();
+        let mut numbers: Vec<u64> = names_in(&self.dir.join("queue"))?.filter_map(number).collect();
         numbers.sort_unstable();
         Ok(numbers)
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Lock, Store, StoreError, io_error, read_json};
+use super::{Lock, Store, StoreError, io_error, names_in, read_json};
 
 impl Store {
     fn publication(&self, key: &str) -> PathBuf {
@@ -59,13 +59,8 @@ impl Store {
 
     /// Keys of all jobs of which something is public.
     pub fn publications(&self) -> Result<Vec<String>, StoreError> {
-        let dir = self.dir.join("public");
-        let entries = match fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(io_error("list", &dir))?,
-        };
-        let key = |e: fs::DirEntry| Some(e.file_name().to_str()?.strip_suffix(".json")?.to_owned());
-        Ok(entries.flatten().filter_map(key).collect())
+        let key = |name: String| Some(name.strip_suffix(".json")?.to_owned());
+        Ok(names_in(&self.dir.join("public"))?.filter_map(key).collect())
     }
 
     /// The directory of that user's own in which runtimes keep what they know of the containers of jobs, made where it is
