@@ -64,6 +64,7 @@ struct LimitsFragment {
 struct SlicesFragment {
     foreign: Foreign,
     idle_ttl: Option<String>,
+    agents: Option<Vec<PathBuf>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -109,7 +110,7 @@ struct JobsFragment {
 }
 
 /// Every key, for "did you mean". Kept equal to the structs above by a test.
-const KEYS: [&str; 26] = [
+const KEYS: [&str; 27] = [
     "state_dir",
     "driver.root",
     "driver.nvml",
@@ -124,6 +125,7 @@ const KEYS: [&str; 26] = [
     "limits.gpus",
     "slices.foreign",
     "slices.idle_ttl",
+    "slices.agents",
     "placement.policy",
     "requests.environment",
     "requests.open_device_rules",
@@ -139,6 +141,8 @@ const KEYS: [&str; 26] = [
 ];
 /// Names of placement policies; the first is the default.
 pub const POLICIES: [&str; 5] = ["scc", "first-fit", "driver", "binpack", "spread"];
+/// Where the packages of DCGM, its exporter and nvidia-persistenced have their programs.
+const AGENTS: [&str; 3] = ["/usr/bin/nv-hostengine", "/usr/bin/dcgm-exporter", "/usr/bin/nvidia-persistenced"];
 const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
 
 /// Who says which of the driver's files a container gets.
@@ -221,6 +225,9 @@ pub struct Settings {
     pub foreign: Foreign,
     /// How long what an ended holder had is kept for the next request of its profile (`slices.idle_ttl`); zero: not at all.
     pub idle_ttl: Duration,
+    /// Programs that watch GPUs (`slices.agents`): a slice whose holder has ended and that only these have open stays for the next
+    /// request of its profile.
+    pub agents: Vec<PathBuf>,
     /// `placement.policy`.
     pub policy: String,
     /// Whether requests in the environment count at all (`requests.environment`).
@@ -367,6 +374,7 @@ impl Settings {
             gpus: limits.gpus,
             foreign: slices.foreign,
             idle_ttl: time("slices.idle_ttl", slices.idle_ttl)?.unwrap_or(default.idle_ttl),
+            agents: programs("slices.agents", slices.agents)?.unwrap_or(default.agents),
             policy: one_of("placement.policy", placement.policy, default.policy, &POLICIES)?,
             environment: requests.environment.unwrap_or(default.environment),
             open_device_rules: requests.open_device_rules.unwrap_or(default.open_device_rules),
@@ -400,6 +408,7 @@ impl Settings {
             gpus: None,
             foreign: Foreign::Refuse,
             idle_ttl: Duration::ZERO,
+            agents: AGENTS.map(PathBuf::from).to_vec(),
             policy: POLICIES[0].to_owned(),
             environment: true,
             open_device_rules: false,
@@ -429,6 +438,11 @@ fn absolute(key: &str, path: Option<PathBuf>) -> Result<Option<PathBuf>, String>
         Some(p) if !p.is_absolute() => Err(format!("{key} = \"{}\" must be an absolute path", p.display())),
         other => Ok(other),
     }
+}
+
+fn programs(key: &str, paths: Option<Vec<PathBuf>>) -> Result<Option<Vec<PathBuf>>, String> {
+    let Some(paths) = paths else { return Ok(None) };
+    paths.into_iter().map(|path| absolute(key, Some(path))).collect()
 }
 
 fn time(key: &str, text: Option<String>) -> Result<Option<Duration>, String> {
@@ -518,6 +532,7 @@ mod tests {
             let value = match key {
                 "limits.slices_per_container" => "2",
                 "limits.profiles" | "limits.gpus" => "[\"0\"]",
+                "slices.agents" => "[\"/x\"]",
                 "slices.foreign" => "\"idle\"",
                 "driver.files" => "\"cdi\"",
                 "driver.sockets" => "[\"mps\"]",
@@ -654,6 +669,7 @@ mod tests {
             ("queue.max_wait = \"long\"", "queue.max_wait = \"long\" is no time, as 30s, 5m or 1h"),
             ("jobs.wait = \"long\"", "jobs.wait"),
             ("slices.idle_ttl = \"long\"", "slices.idle_ttl"),
+            ("slices.agents = [\"dcgm\"]", "slices.agents = \"dcgm\" must be an absolute path"),
             ("state_dir = ", "state_dir"),
         ] {
             let error = Settings::parse(text).unwrap_err();

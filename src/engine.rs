@@ -176,8 +176,7 @@ impl Action {
     /// Whether it is worth to look again in a moment: its holder has just ended. What a process has left behind keeps open may
     /// stay so for days.
     fn may_soon_be_free(&self) -> bool {
-        let is_new = |ended| Duration::from_millis(host::wall_ms().saturating_sub(ended)) < BUSY_LIMIT;
-        self.result == "busy" && self.ended_ms.is_some_and(is_new)
+        self.result == "busy" && has_just_ended(self.ended_ms)
     }
 }
 
@@ -411,7 +410,7 @@ impl<'a> Engine<'a> {
             let (lock, actions) = self.free_apart(lock, vec![ending])?;
             drop(lock);
             match (actions.into_iter().next(), pauses.next()) {
-                (Some(action), _) if action.result == "freed" => return Ok(Released::Done),
+                (Some(action), _) if ["freed", "kept"].contains(&action.result) => return Ok(Released::Done),
                 (Some(action), Some(pause)) if action.result == "busy" => std::thread::sleep(*pause),
                 (action, _) => {
                     return Ok(Released::Busy { reason: action.map(|action| action.reason).unwrap_or_default() });
@@ -552,8 +551,8 @@ impl<'a> Engine<'a> {
 
     /// Such a process, in words.
     fn remaining(&self, lease: &Lease) -> Option<String> {
-        let having_open = || self.users().having_open(&lease.minors().collect()).ok().flatten();
-        self.occupant(lease).or_else(|| Some(format!("{} has it open", process_in_words(having_open()?))))
+        let having_open = || self.users().keeping_open(&lease.minors().collect()).ok().flatten();
+        self.occupant(lease).or_else(|| Some(format!("{} has it open", user_in_words(having_open()?))))
     }
 
     /// A process in its cgroup, or of the tree of `migctl run`, in words.
@@ -683,8 +682,19 @@ fn index_of(holder: &Holder) -> Option<String> {
     index_name(holder.runtime_root.as_deref(), holder.container.as_deref()?)
 }
 
+/// Whether the end of a holder was noticed so lately that the driver may be about to let go.
+fn has_just_ended(ended_ms: Option<u64>) -> bool {
+    ended_ms.is_some_and(|ended| Duration::from_millis(host::wall_ms().saturating_sub(ended)) < BUSY_LIMIT)
+}
+
 fn process_in_words(pid: u32) -> String {
     format!("process {pid} ({})", host::process_name(pid))
+}
+
+/// The same with its cgroup, which says whose it is: a container's, a service's, a login's.
+fn user_in_words(pid: u32) -> String {
+    let cgroup = host::own_cgroup(pid).map(|cgroup| format!(" of cgroup {cgroup}"));
+    process_in_words(pid) + &cgroup.unwrap_or_default()
 }
 
 fn action(lease: &Lease, result: &'static str, reason: &str) -> Action {

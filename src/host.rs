@@ -11,8 +11,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+mod agents;
 mod nodes;
 
+pub use agents::is_agent;
 pub use nodes::field;
 
 /// Where the driver's files are.

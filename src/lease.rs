@@ -31,7 +31,7 @@ pub struct Lease {
     pub token: String,
     /// Where it stands.
     pub state: State,
-    /// Why it stands there, for Releasing and Quarantined.
+    /// Why it stands there, for Releasing and Quarantined. Of an Idle one: what keeps it from being destroyed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Milliseconds since boot when it was written first.
@@ -346,6 +346,11 @@ impl Lease {
         matches!(self.state, State::Static | State::Idle)
     }
 
+    /// Whether it goes as soon as its room is needed: idle, and nothing was in the way of destroying it.
+    pub fn may_be_evicted(&self) -> bool {
+        self.state == State::Idle && self.reason.is_none()
+    }
+
     /// Whether one of its slices lies where that instance of a GPU is.
     pub fn is_at(&self, gpu: &str, instance: &Instance) -> bool {
         self.slices.iter().any(|slice| slice.is_at(gpu, instance))
@@ -437,6 +442,9 @@ pub fn verdict(lease: &Lease, facts: Facts) -> Verdict {
         }
         State::Quarantined => return Verdict::Free("quarantined, and nothing holds it any more"),
         State::Static => return Verdict::Keep("kept until migctl destroys it"),
+        State::Idle if facts.idle_is_over && lease.reason.is_some() => {
+            return Verdict::Free("only a program that watches it kept it");
+        }
         State::Idle if facts.idle_is_over => return Verdict::Free("idle for as long as slices.idle_ttl says"),
         State::Idle => return Verdict::Keep("idle, for the next one who asks for its profile"),
         State::Active if facts.announced => return Verdict::Free("its holder has ended"),

@@ -81,7 +81,8 @@ fn sentence(lease: &Lease, named: &Named) -> String {
         return whom.map_or_else(|| "kept for anybody".to_owned(), |whom| format!("kept for {whom}"));
     }
     if lease.state == State::Idle {
-        return "idle, for the next of its profile".to_owned();
+        let watched = lease.reason.as_ref().map(|watched| format!(": {watched}"));
+        return format!("idle, for the next of its profile{}", watched.unwrap_or_default());
     }
     called(named, lease.held_by())
 }

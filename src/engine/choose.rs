@@ -203,7 +203,7 @@ impl Engine<'_> {
     ) -> Result<Chosen, Unmet> {
         let devices = self.usable_devices(devices, request, unusable)?;
         let users = self.users();
-        let user_of = |device: &Device, instance: &Instance| users.of(&device.uuid, device.minor, instance);
+        let user_of = |device: &Device, instance: &Instance| users.besides_agents(&device.uuid, device.minor, instance);
         self.choose(&devices, leases, request, uid, &user_of)
     }
 
@@ -540,7 +540,7 @@ fn standing(lease: &Lease) -> String {
     match (lease.state, lease.reserved_for) {
         (State::Static, Some(uid)) => format!("reserved for uid {uid}"),
         (State::Static, None) => "kept".into(),
-        (State::Idle, _) => "idle".into(),
+        (State::Idle, _) => lease.reason.as_ref().map_or("idle".into(), |watched| format!("idle: {watched}")),
         (State::Quarantined, _) => format!("{}, quarantined", lease.held_by()),
         (State::Releasing, _) if lease.holder.container.is_some() => format!("{}, which has ended", lease.held_by()),
         (State::Pending | State::Active | State::Releasing, _) => lease.held_by(),

@@ -114,10 +114,7 @@ impl Engine<'_> {
         instance: &Instance,
     ) -> Result<Option<String>, Failure> {
         let name = name_of(device, instance);
-        let holder = leases
-            .iter()
-            .filter(|lease| lease.state != State::Static)
-            .find(|lease| lease.is_at(&device.uuid, instance));
+        let holder = leases.iter().filter(|lease| !lease.is_spare()).find(|lease| lease.is_at(&device.uuid, instance));
         if let Some(lease) = holder {
             let init = init_of(&lease.holder).filter(|init| host::alive(*init));
             let process = init.map(|i| format!("process {} ({})", i.pid, host::process_name(i.pid)));
@@ -135,6 +132,7 @@ impl Engine<'_> {
         let mut holders = self.leases()?;
         holders.retain(|lease| lease.is_at(&device.uuid, instance));
         let kept = holders.iter().position(|lease| lease.state == State::Static).map(|at| holders.remove(at));
+        let idle: Vec<Lease> = holders.extract_if(.., |lease| lease.state == State::Idle).collect();
         // With all of its compute instances as they are now: they may be a rival's work of this minute. Releasing, since
         // what is to become of it is decided: gc goes on where we are killed.
         let mut record = match &kept {
@@ -169,6 +167,9 @@ impl Engine<'_> {
                 None => self.store.remove(lock, &record.token, None)?,
             }
             return Ok(Destroyed::Unchanged(why));
+        }
+        for lease in idle {
+            self.store.remove(lock, &lease.token, None)?;
         }
         for mut lease in holders {
             lease.state = State::Quarantined;

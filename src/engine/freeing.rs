@@ -6,10 +6,12 @@ use std::time::Duration;
 use crate::container;
 use crate::gpu::{ComputeInstance, GpuError, Instance};
 use crate::host;
-use crate::lease::{Lease, State, Step, Verdict, Way};
+use crate::lease::{Lease, Slice, State, Step, Verdict, Way};
 use crate::store::{Claim, Lock};
 
-use super::{Action, Engine, Failure, action, audit_release, index_of, process_in_words};
+use super::{
+    Action, Engine, Failure, action, audit_release, has_just_ended, index_of, process_in_words, user_in_words,
+};
 
 /// Why an orphan goes.
 pub(super) const ABANDONED: &str = "it was created and abandoned by its engine";
@@ -20,6 +22,8 @@ pub(super) const RELOCK_WAIT: Duration = Duration::from_secs(10);
 pub(super) enum Obstacle {
     /// Try again later.
     Busy(String),
+    /// Who only watches it has it open, and may for ever: it may stay for the next holder.
+    Watched(String),
     /// Not surely ours, or gone without its holder, and something holds it.
     Held(String),
 }
@@ -96,7 +100,7 @@ impl Engine<'_> {
     /// The same for one who has claimed it already.
     pub(super) fn begin_claimed(&self, lock: &Lock, claim: Claim, mut lease: Lease, why: &str) -> Begun {
         if self.may_stay_idle(&lease) {
-            let kept = self.keep_idle(lock, &lease, why).map(|()| action(&lease, "freed", why));
+            let kept = self.keep_idle(lock, &lease, why, None).map(|()| action(&lease, "freed", why));
             return Begun::Done(kept.unwrap_or_else(|failure| failed(&lease, why, &failure)));
         }
         let before = lease.state;
@@ -137,14 +141,18 @@ impl Engine<'_> {
         for (at, slice) in lease.slices.iter().enumerate() {
             let in_the_way = match self.to_destroy(&lease, at, is_left_halfway(lease.state))? {
                 ToDestroy::Nothing => None,
-                ToDestroy::Not(Obstacle::Held(what)) => return Ok(action(&lease, "quarantined", &what)),
-                ToDestroy::Not(Obstacle::Busy(what)) => Some(what),
-                ToDestroy::Instance(instance) => users
-                    .of(&slice.gpu, slice.gpu_minor, &instance)?
-                    .map(|pid| format!("{} uses it", process_in_words(pid))),
+                ToDestroy::Not(obstacle) => Some(obstacle),
+                ToDestroy::Instance(instance) => match users.of(&slice.gpu, slice.gpu_minor, &instance)? {
+                    None => None,
+                    Some(pid) if self.may_stay_watched(&lease)? => Some(Obstacle::Watched(watching(pid))),
+                    Some(pid) => Some(Obstacle::Busy(format!("{} uses it", user_in_words(pid)))),
+                },
             };
-            if let Some(what) = in_the_way {
-                return Ok(action(&lease, "busy", &format!("{why}; {what}")));
+            match in_the_way {
+                None => {}
+                Some(Obstacle::Busy(what)) => return Ok(action(&lease, "busy", &format!("{why}; {what}"))),
+                Some(Obstacle::Watched(what)) => return Ok(watched(&lease, why, &what)),
+                Some(Obstacle::Held(what)) => return Ok(action(&lease, "quarantined", &what)),
             }
         }
         Ok(action(&lease, "freed", why))
@@ -164,6 +172,9 @@ impl Engine<'_> {
         let done = match result {
             Ok(None) => self.forget(lock, &lease).map(|()| action(&lease, "freed", &why)),
             Ok(Some(Obstacle::Busy(what))) => Ok(action(&lease, "busy", &format!("{why}; {what}"))),
+            Ok(Some(Obstacle::Watched(what))) => {
+                self.keep_idle(lock, &lease, &why, Some(&what)).map(|()| watched(&lease, &why, &what))
+            }
             Ok(Some(Obstacle::Held(what))) => {
                 lease.state = State::Quarantined;
                 lease.reason = Some(what.clone());
@@ -199,18 +210,39 @@ impl Engine<'_> {
             lease.slices[at].step = Step::DestroyingCompute;
             self.store.put_claimed(claim, lease)?;
             if let Some(busy) = obstacle(self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {
-                return Ok(Some(busy));
+                return self.by_whom(busy, lease, &slice, &instance).map(Some);
             }
         }
         lease.slices[at].step = Step::DestroyingInstance;
         self.store.put_claimed(claim, lease)?;
         if let Some(busy) = obstacle(self.gpu.destroy_instance(&slice.gpu, instance.id))? {
-            return Ok(Some(busy));
+            return self.by_whom(busy, lease, &slice, &instance).map(Some);
         }
         for other in lease.slices.iter_mut().filter(|other| other.shares(&slice)) {
             other.step = Step::Gone;
         }
         Ok(None)
+    }
+
+    /// What the driver calls in use, with the process that uses it where one is to be seen.
+    fn by_whom(
+        &self,
+        obstacle: Obstacle,
+        lease: &Lease,
+        slice: &Slice,
+        instance: &Instance,
+    ) -> Result<Obstacle, Failure> {
+        let Obstacle::Busy(what) = obstacle else { return Ok(obstacle) };
+        let users = self.users();
+        Ok(match users.of(&slice.gpu, slice.gpu_minor, instance)? {
+            // Nobody is to be seen for a moment also where the driver has not let go yet of who has ended.
+            None if has_just_ended(lease.ended_ms) || !self.may_stay_watched(lease)? => Obstacle::Busy(what),
+            None => {
+                users.agent_on(slice.gpu_minor)?.map_or(Obstacle::Busy(what), |pid| Obstacle::Watched(watching(pid)))
+            }
+            Some(pid) if self.may_stay_watched(lease)? => Obstacle::Watched(watching(pid)),
+            Some(pid) => Obstacle::Busy(format!("{what}; {} uses it", user_in_words(pid))),
+        })
     }
 
     /// What there is to destroy of one slice, before anything is touched.
@@ -230,7 +262,7 @@ impl Engine<'_> {
         }
         let Some(instance) = self.still_ours(lease, at)? else { return Ok(ToDestroy::Nothing) };
         if (recovering || matches!(slice.step, Step::CreatingInstance | Step::CreatingCompute))
-            && let Some(pid) = self.users().of(&slice.gpu, slice.gpu_minor, &instance)?
+            && let Some(pid) = self.users().besides_agents(&slice.gpu, slice.gpu_minor, &instance)?
         {
             let name = format!("slice {} on GPU {}", slice.profile_name, slice.gpu_index);
             return Ok(ToDestroy::Not(Obstacle::Held(format!("{name} is half-made, and process {pid} uses it"))));
@@ -289,6 +321,15 @@ impl Engine<'_> {
 /// Whether a killed process may have left it, so that more exists than is recorded, or less.
 pub(super) fn is_left_halfway(state: State) -> bool {
     matches!(state, State::Pending | State::Quarantined)
+}
+
+/// Of a lease whose slices stay, since they can't be destroyed.
+fn watched(lease: &Lease, why: &str, what: &str) -> Action {
+    action(lease, "kept", &format!("{why}; {what}: idle, for the next one who asks for its profile"))
+}
+
+fn watching(agent: u32) -> String {
+    format!("{}, which only watches, has it open", process_in_words(agent))
 }
 
 fn failed(lease: &Lease, why: &str, failure: &Failure) -> Action {

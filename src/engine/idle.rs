@@ -1,24 +1,39 @@
 //! What ended holders leave for the next one who asks for its profile (`slices.idle_ttl`): one record for each slice, so that
 //! each is found by itself. It is in nobody's way: the cheapest ones go as soon as that makes room.
 
+use std::time::Duration;
+
 use crate::gpu::{Device, Instance};
 use crate::host;
-use crate::lease::{Holder, Lease, Slice, State, Step};
+use crate::lease::{Holder, Lease, Slice, State, Step, Way};
 use crate::store::Lock;
 
 use super::users::Users;
 use super::{Begun, Engine, Failure};
 
+/// How long a slice that an agent has open is left alone before it is tried again to destroy it.
+const AGENT_PAUSE: Duration = Duration::from_secs(10);
+
 impl Engine<'_> {
     /// Whether what that holder has had may wait for the next one: whole, cut by us, on a GPU that takes new holders, and
     /// nobody is left in it.
     pub(super) fn may_stay_idle(&self, lease: &Lease) -> bool {
-        let whole = |slice: &Slice| slice.ours && slice.step == Step::Whole && slice.compute_slices.is_none();
         !self.settings.idle_ttl.is_zero()
             && lease.state == State::Active
-            && lease.slices.iter().all(whole)
+            && lease.slices.iter().all(|slice| is_ours_alone(slice) && slice.step == Step::Whole)
             && self.occupant(lease).is_none()
             && self.are_unused(&lease.slices).unwrap_or(false)
+    }
+
+    /// Whether what an ended holder has had may wait for the next one although it can't be destroyed: what is left is whole,
+    /// cut by us, and nobody has it but who watches it.
+    pub(super) fn may_stay_watched(&self, lease: &Lease) -> Result<bool, Failure> {
+        let left: Vec<Slice> = lease.slices.iter().filter(|slice| slice.step != Step::Gone).cloned().collect();
+        let is_a_holders = !matches!(lease.holder.way, Way::Create | Way::Adopt);
+        Ok(is_a_holders
+            && left.iter().all(is_ours_alone)
+            && self.occupant(lease).is_none()
+            && self.are_unused(&left)?)
     }
 
     /// Whether nobody has these slices open, on GPUs that take new holders.
@@ -38,24 +53,27 @@ impl Engine<'_> {
                 && instance.compute.iter().map(|c| Some(&c.uuid)).eq([slice.uuid.as_ref()])
         });
         match there {
-            Some(instance) => Ok(users.of(&slice.gpu, slice.gpu_minor, &instance)?.is_none()),
+            Some(instance) => Ok(users.besides_agents(&slice.gpu, slice.gpu_minor, &instance)?.is_none()),
             None => Ok(false),
         }
     }
 
-    /// Records each slice for itself, then forgets the lease. Where a kill comes between, the lease is freed again, and finds
-    /// its slices recorded.
-    pub(super) fn keep_idle(&self, lock: &Lock, lease: &Lease, why: &str) -> Result<(), Failure> {
+    /// Records each slice that is left for itself, then forgets the lease. Where a kill comes between, the lease is freed again,
+    /// and finds its slices recorded. `agent`: what keeps them from being destroyed.
+    pub(super) fn keep_idle(&self, lock: &Lock, lease: &Lease, why: &str, agent: Option<&str>) -> Result<(), Failure> {
         let leases = self.leases()?;
         let recorded = |slice: &Slice| {
             leases.iter().any(|other| other.state == State::Idle && other.slices.iter().any(|s| s.shares(slice)))
         };
-        for slice in lease.slices.iter().filter(|slice| !recorded(slice)) {
-            let ttl = u64::try_from(self.settings.idle_ttl.as_millis()).unwrap_or(u64::MAX);
+        let ttl = if agent.is_some() { AGENT_PAUSE } else { self.settings.idle_ttl };
+        let ttl = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        for slice in lease.slices.iter().filter(|slice| slice.step != Step::Gone && !recorded(slice)) {
+            let slice = Slice { step: Step::Whole, ..slice.clone() };
             let idle = Lease {
                 state: State::Idle,
+                reason: agent.map(str::to_owned),
                 idle_until_boot_ms: Some(host::boot_ms().saturating_add(ttl)),
-                ..self.new_lease(&Holder::new(lease.holder.way), vec![slice.clone()])?
+                ..self.new_lease(&Holder::new(lease.holder.way), vec![slice])?
             };
             self.store.put(lock, &idle.token, &idle)?;
         }
@@ -83,6 +101,11 @@ impl Engine<'_> {
     }
 }
 
+/// Whether a slice is one that we cut, of all of its GPU instance.
+fn is_ours_alone(slice: &Slice) -> bool {
+    slice.ours && slice.compute_slices.is_none()
+}
+
 /// What `choose` finds where some of what is idle goes, the smallest first, and the tokens of that, less those that it can do
 /// without.
 pub(super) fn evicting<T>(
@@ -91,7 +114,7 @@ pub(super) fn evicting<T>(
     choose: impl Fn(&[Device], &[Lease]) -> Option<T>,
 ) -> Option<(T, Vec<String>)> {
     let here = |lease: &&Lease| lease.slices.iter().all(|slice| devices.iter().any(|d| d.uuid == slice.gpu));
-    let mut idle: Vec<&Lease> = leases.iter().filter(|lease| lease.state == State::Idle).filter(here).collect();
+    let mut idle: Vec<&Lease> = leases.iter().filter(|lease| lease.may_be_evicted()).filter(here).collect();
     let size = |lease: &Lease| lease.slices.iter().map(|slice| slice.placement.size).sum::<u32>();
     idle.sort_by_key(|lease| (size(lease), lease.idle_until_boot_ms));
     let without = |tokens: &[&str]| {
@@ -114,7 +137,7 @@ pub(super) fn evicting<T>(
 
 /// Takes idle ones out of a picture of the GPUs, as if they were destroyed.
 pub(super) fn take_out(devices: &mut [Device], leases: &mut Vec<Lease>, which: impl Fn(&Lease) -> bool) -> Vec<Lease> {
-    let gone: Vec<Lease> = leases.extract_if(.., |lease| lease.state == State::Idle && which(lease)).collect();
+    let gone: Vec<Lease> = leases.extract_if(.., |lease| lease.may_be_evicted() && which(lease)).collect();
     for device in devices {
         let there = |instance: &Instance| gone.iter().any(|lease| lease.is_at(&device.uuid, instance));
         device.instances.retain(|instance| !there(instance));

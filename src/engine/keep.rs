@@ -266,7 +266,7 @@ impl Engine<'_> {
                 let mut of_it = leases.iter().filter(|lease| lease.is_at(&device.uuid, instance));
                 let (Some(kept), None) = (of_it.next(), of_it.next()) else { continue };
                 let free = kept.state == State::Static && kept.reserved_for.is_none() && !taken.contains(kept);
-                if free && users.of(&device.uuid, device.minor, instance)?.is_none() {
+                if free && users.besides_agents(&device.uuid, device.minor, instance)?.is_none() {
                     return Ok(Some(kept.clone()));
                 }
             }

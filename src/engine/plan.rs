@@ -579,7 +579,7 @@ impl Engine<'_> {
             if ending.iter().any(theirs) {
                 return Ok(None);
             }
-            users.of(&device.uuid, device.minor, instance)
+            users.besides_agents(&device.uuid, device.minor, instance)
         };
         let rooms = rooms(&scene.devices, &scene.leases);
         for wants in &request.alternatives {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 
 use super::gpus::Gpus;
 use super::{Check, listed};
@@ -22,6 +23,8 @@ const AGENTS: [(&str, &str); 4] = [
 struct Process {
     pid: u32,
     name: String,
+    /// Whether it only watches: one of `slices.agents`.
+    watches: bool,
 }
 
 /// A slice of a lease, with the processes in it that are not of its container.
@@ -48,7 +51,7 @@ pub(super) fn checks(gpus: &Gpus, settings: &Settings, leases: &[Lease]) -> Vec<
     let ended = leases.iter().filter(|lease| lease.state != State::Static);
     let slices = ended.flat_map(|lease| lease.slices.iter().enumerate().map(move |(n, slice)| (lease, n, slice)));
     let held = slices.filter(|(_, _, slice)| slice.ours).map(|(lease, number, slice)| {
-        let outsiders = outsiders(lease, slice, &open, gpus);
+        let outsiders = outsiders(lease, slice, &open, gpus, &settings.agents);
         Held { number, lease, slice, outsiders }
     });
     let checks: Vec<Check> = held.filter_map(|held| verdict(&held)).collect();
@@ -58,7 +61,13 @@ pub(super) fn checks(gpus: &Gpus, settings: &Settings, leases: &[Lease]) -> Vec<
     }
 }
 
-fn outsiders(lease: &Lease, slice: &Slice, open: &[(u32, BTreeSet<u32>)], gpus: &Gpus) -> Vec<Process> {
+fn outsiders(
+    lease: &Lease,
+    slice: &Slice,
+    open: &[(u32, BTreeSet<u32>)],
+    gpus: &Gpus,
+    agents: &[PathBuf],
+) -> Vec<Process> {
     let minors: BTreeSet<u32> = [slice.gi_minor, slice.ci_minor].into_iter().flatten().collect();
     let with_open = open.iter().filter(|(_, theirs)| !theirs.is_disjoint(&minors)).map(|(pid, _)| *pid);
     let gpu = gpus.seen().iter().find(|gpu| gpu.device.uuid == slice.gpu);
@@ -66,7 +75,8 @@ fn outsiders(lease: &Lease, slice: &Slice, open: &[(u32, BTreeSet<u32>)], gpus: 
     let listed = listed.filter(|process| slice.gi.is_some() && process.instance == slice.gi).map(|process| process.pid);
     let pids: BTreeSet<u32> = with_open.chain(listed).collect();
     let outside = pids.into_iter().filter(|pid| !is_of_container(lease, *pid));
-    outside.map(|pid| Process { pid, name: host::process_name(pid) }).collect()
+    let described = |pid| Process { pid, name: host::process_name(pid), watches: host::is_agent(pid, agents) };
+    outside.map(described).collect()
 }
 
 /// Whether a process is in the container of a living lease.
@@ -84,7 +94,16 @@ fn verdict(held: &Held) -> Option<Check> {
     let who: Vec<String> = outsiders.iter().map(|p| format!("{} (pid {})", p.name, p.pid)).collect();
     let remedy = stop(outsiders, slice.gpu_minor);
     let found = match (lease.state, who.is_empty()) {
-        (State::Static | State::Idle, _) | (State::Pending | State::Active, true) => return None,
+        (State::Static, _) | (State::Pending | State::Active | State::Idle, true) => return None,
+        (State::Idle, false) => {
+            format!("{name} is idle, and can't be destroyed for another profile: it is open in {}", listed(&who))
+        }
+        (State::Pending | State::Active, false) if outsiders.iter().all(|process| process.watches) => format!(
+            "{name}, of {}, is also open in {}, which only watches it: when its container ends it stays, idle, for the next of \
+             its profile",
+            lease.held_by(),
+            listed(&who)
+        ),
         (State::Pending | State::Active, false) => format!(
             "{name}, of {}, is also open in {}: it can't be destroyed while that lasts",
             lease.held_by(),
@@ -149,7 +168,9 @@ mod tests {
 
     fn said(state: State, names: &[&str]) -> Option<String> {
         let (lease, slice) = (lease(state, Way::Shim), slice());
-        let outsiders = names.iter().map(|name| Process { pid: 9, name: (*name).to_owned() }).collect();
+        let watches = |name: &str| name == "nv-hostengine";
+        let process = |name: &&str| Process { pid: 9, name: (*name).to_owned(), watches: watches(name) };
+        let outsiders = names.iter().map(process).collect();
         let check = verdict(&Held { number: 4, lease: &lease, slice: &slice, outsiders })?;
         assert_eq!(check.id, "holder.t.4");
         Some(format!("{}\n{}", check.found, check.remedy.unwrap()))
@@ -168,6 +189,12 @@ mod tests {
             agent.contains("open in nv-hostengine (pid 9)") && agent.contains("systemctl stop nvidia-dcgm"),
             "{agent}"
         );
+        let watched = said(State::Active, &["nv-hostengine"]).unwrap();
+        assert!(watched.contains("which only watches it") && watched.contains("nvidia-dcgm"), "{watched}");
+        let besides = said(State::Active, &["nv-hostengine", "nsys"]).unwrap();
+        assert!(besides.contains("it can't be destroyed while that lasts"), "{besides}");
+        assert!(said(State::Idle, &["nv-hostengine"]).unwrap().contains("is idle, and can't be destroyed"));
+        assert_eq!(said(State::Idle, &[]), None);
         let other = said(State::Active, &["nsys"]).unwrap();
         assert!(other.contains("also open in nsys (pid 9)") && other.contains("kill 9\n"), "{other}");
         let nobody = said(State::Releasing, &[]).unwrap();
