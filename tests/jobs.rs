@@ -12,12 +12,10 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use common::cgroup::{Cgroup, V1};
 use common::{World, binaries, installed, run, skip, text, wait_for};
-use mig_hook::container::Own;
-use mig_hook::handover;
 use serde_json::{Value, json};
 
 const A30: &str = "a30-24gb";
@@ -115,64 +113,14 @@ fn up_for_long(what: &str) -> bool {
     long
 }
 
-// ---- a batch system's cgroups ----
-
-/// Where cgroup v1 has device rules.
-const V1: &str = "/sys/fs/cgroup/devices";
-
-/// A cgroup as a batch system makes one for a job, below the one in which this process is.
-struct Cgroup(Own);
-
-impl Cgroup {
-    /// `None`, and noted, where none can be made.
-    fn new(what: &str) -> Option<Cgroup> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        // Its end alone names it in one test: nothing else on this machine may be called so.
-        let us = std::process::id();
-        let name = format!("batch_{us}/job_{us}.{}", NUMBER.fetch_add(1, Ordering::Relaxed));
-        let made = Own::at(&own_cgroup().join(name));
-        made.inspect_err(|error| skip(what, &format!("no cgroup can be made here: {error}"))).ok().map(Cgroup)
-    }
-
-    /// As /proc/PID/cgroup has it.
-    fn path(&self) -> String {
-        self.0.path()
-    }
-
-    fn start(&self, command: &mut Command) -> Process {
-        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Process(handover::in_cgroup(command, self.0.procs().unwrap()).spawn().unwrap())
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let _ = self.0.remove();
-        let _ = std::fs::remove_dir(self.0.dir().parent().unwrap());
-    }
-}
-
-/// The directory of the cgroup in which this process is, as far as device rules go.
-fn own_cgroup() -> PathBuf {
-    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap();
-    let path = |wanted: fn(&str) -> bool| {
-        let mut lines = text.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
-        lines.find(|f| wanted(f[1])).map(|f| f[2].trim_start_matches('/').to_owned())
-    };
-    match Path::new(V1).is_dir() {
-        true => Path::new(V1).join(path(|name| name == "devices").unwrap()),
-        false => Path::new("/sys/fs/cgroup").join(path(str::is_empty).unwrap()),
-    }
-}
+// ---- a batch system's processes ----
 
 /// Ended and reaped with the value.
 struct Process(Child);
 
 impl Process {
-    fn sleep() -> Command {
-        let mut command = Command::new("sleep");
-        command.arg("600");
-        command
+    fn in_cgroup(cgroup: &Cgroup) -> Process {
+        Process(cgroup.start(Command::new("sleep").arg("600").stdout(Stdio::null())))
     }
 
     /// One that calls itself that, of that user.
@@ -416,14 +364,14 @@ fn a_job_lives_as_long_as_a_process_is_in_its_cgroup() {
     let world = site(&[A30]);
     // By its path, its directory, and the end of its path.
     let end_of_path = format!("/{}", cgroup.path().rsplit('/').next().unwrap());
-    for name in [cgroup.path(), cgroup.0.dir().display().to_string(), end_of_path] {
+    for name in [cgroup.path(), cgroup.dir().display().to_string(), end_of_path] {
         let token = started(&world, KEY, USER, &["--cgroup", &name, "1g.6gb"])["token"].clone();
         let before = looked_after(&world, &token).expect("it is being started");
         assert_eq!(before["holder"]["init"], Value::Null);
-        let process = cgroup.start(&mut Process::sleep());
+        let process = Process::in_cgroup(&cgroup);
         let lease = looked_after(&world, &token).unwrap();
         assert_eq!(lease["holder"]["init"]["pid"], process.pid(), "{name}");
-        let second = cgroup.start(&mut Process::sleep());
+        let second = Process::in_cgroup(&cgroup);
         drop(process);
         let lease = looked_after(&world, &token).expect("another one lives");
         assert_eq!(lease["holder"]["init"]["pid"], second.pid());
@@ -508,7 +456,7 @@ fn a_job_that_is_alive_keeps_what_it_has() {
     let world = site(&[A30]);
     let alive = ["--cgroup", &cgroup.path(), "1g.6gb"];
     let first = started(&world, KEY, USER, &alive);
-    let process = cgroup.start(&mut Process::sleep());
+    let process = Process::in_cgroup(&cgroup);
     assert_eq!(started(&world, KEY, USER, &alive), first, "started again");
     let env = call(&world, USER, &["job", "env", "--key", KEY], &[]);
     for (uid, request, exit, said) in [
@@ -577,7 +525,7 @@ fn a_job_whose_end_was_announced_is_not_alive() {
     let world = site(&[A30]);
     let alive = ["--cgroup", &cgroup.path(), "1g.6gb"];
     let first = started(&world, KEY, USER, &alive);
-    let _process = cgroup.start(&mut Process::sleep());
+    let _process = Process::in_cgroup(&cgroup);
     // Who ended it did not get the lock.
     assert!(mig_hook::store::Store::at(&world.path("state")).announce(first["token"].as_str().unwrap()));
     let second = started(&world, KEY, USER, &alive);
@@ -642,7 +590,7 @@ fn what_a_job_leaves_in_its_cgroup_keeps_the_slice() {
     let Some(cgroup) = Cgroup::new("what_a_job_leaves_in_its_cgroup_keeps_the_slice") else { return };
     let world = site(&[A30]);
     let token = started(&world, KEY, USER, &["--cgroup", &cgroup.path(), "1g.6gb"])["token"].clone();
-    let left = cgroup.start(&mut Process::sleep());
+    let left = Process::in_cgroup(&cgroup);
     let output = end(&world, KEY);
     assert!(code(&output) == 75 && text(&output).contains("(sleep) is in its cgroup"), "{}", text(&output));
     assert_eq!(looked_after(&world, &token).unwrap()["state"], "releasing");
@@ -658,7 +606,7 @@ fn opens(cgroup: &Cgroup, node: &Path) -> &'static str {
     let mut command = Command::new("cat");
     let command =
         command.arg(node).env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = handover::in_cgroup(command, cgroup.0.procs().unwrap()).spawn().unwrap();
+    let mut child = cgroup.start(command);
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     child.wait().unwrap();
@@ -963,7 +911,7 @@ fn the_cgroup_of_a_job_of_slurms_is_found_confined_and_taken_away() {
     let here = [("SLURMD_NODENAME", node.as_str()), ("SLURM_JOB_COMMENT", "mig=1g.6gb")];
     called("prolog", &here);
     let dir = slurm.join(&of_job);
-    let job = Cgroup(Own::at(&dir).unwrap());
+    let job = Cgroup::at(&dir);
     let record = public(&world, KEY).unwrap();
     let lease = world.leases().into_iter().find(|lease| lease["holder"]["job"] == KEY).unwrap();
     assert_eq!(lease["holder"]["cgroup"], format!("{path}/{of_job}"));

@@ -13,6 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::cgroup::own_cgroup;
 use common::{Init, World, binaries, run, skip, text, wait_for};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::SFlag;
@@ -140,19 +141,6 @@ impl Drop for Holder {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-/// The directory that has the `cgroup.procs` of the cgroup in which this process is, as far as device rules go.
-fn own_cgroup() -> PathBuf {
-    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap();
-    let path = |wanted: fn(&str) -> bool| {
-        let fields = text.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
-        fields.into_iter().find(|f| wanted(f[1])).map(|f| f[2].trim_start_matches('/').to_owned())
-    };
-    match Path::new("/sys/fs/cgroup/devices").is_dir() {
-        true => Path::new("/sys/fs/cgroup/devices").join(path(|name| name == "devices").unwrap()),
-        false => Path::new("/sys/fs/cgroup").join(path(str::is_empty).unwrap()),
     }
 }
 

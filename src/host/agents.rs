@@ -50,7 +50,7 @@ mod tests {
         assert_eq!(counts(dir.path(), &mut Command::new(&program)), user < FIRST_USER);
         assert!(!counts(dir.path(), &mut Command::new(&other)), "another program");
         assert!(!counts(dir.path(), Command::new(&other).arg0(&program)), "one that only calls itself so");
-        assert!(!is_agent(u32::MAX, &[program.clone()]), "no process");
+        assert!(!is_agent(u32::MAX, std::slice::from_ref(&program)), "no process");
         if user == 0 {
             let opened = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             fs::set_permissions(dir.path(), opened).unwrap();

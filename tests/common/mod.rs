@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+pub mod cgroup;
+
 /// Longest run of one of our binaries.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -303,6 +305,10 @@ pub struct Init(Child);
 impl Init {
     pub fn start() -> Init {
         Init(Command::new("sleep").arg("600").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap())
+    }
+
+    pub fn in_cgroup(cgroup: &cgroup::Cgroup) -> Init {
+        Init(cgroup.start(Command::new("sleep").arg("600").stdout(Stdio::null())))
     }
 
     pub fn pid(&self) -> u32 {
