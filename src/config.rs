@@ -13,8 +13,6 @@ use crate::first::{self, SETTINGS};
 const LIBRARY_DIRS: [&str; 6] =
     ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"];
 const LIBRARY: &str = "libnvidia-ml.so.1";
-/// Who owns what has no owner in our user namespace (user_namespaces(7); every distribution keeps the default).
-const OVERFLOW_UID: u32 = 65534;
 
 /// A settings file as written. Unknown keys are refused with the nearest valid one.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -482,7 +480,7 @@ fn find_library(root: &Path) -> PathBuf {
 fn refuse_if_writable_by_others(path: &Path, shown: &str) -> Result<(), ConfigError> {
     let Ok(meta) = path.metadata() else { return Ok(()) };
     // In a user namespace everybody outside is the overflow uid, root too. Who sits there could name another file anyway.
-    let outside = first::rootless().is_some() && meta.uid() == OVERFLOW_UID;
+    let outside = first::rootless().is_some() && meta.uid() == first::OVERFLOW_UID;
     let ours = outside || meta.uid() == 0 || meta.uid() == nix::unistd::geteuid().as_raw();
     match ours && meta.mode() & 0o022 == 0 {
         true => Ok(()),

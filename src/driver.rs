@@ -59,8 +59,6 @@ const LOADER_FILES: [&str; 11] = [
 ];
 /// Links that are followed in one path, as the kernel does (path_resolution(7)).
 const LINKS: usize = 40;
-/// Who owns what has no owner in our user namespace (user_namespaces(7)).
-const OVERFLOW_UID: u32 = 65534;
 
 /// A library of the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,7 +181,7 @@ impl Root<'_> {
     fn at(path: &Path) -> Root<'_> {
         let mut owners = vec![0, nix::unistd::geteuid().as_raw()];
         // In a user namespace everybody outside is the overflow uid, root too.
-        owners.extend(first::rootless().map(|_| OVERFLOW_UID));
+        owners.extend(first::rootless().map(|_| first::OVERFLOW_UID));
         Root { path, owners }
     }
 

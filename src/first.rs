@@ -586,6 +586,9 @@ pub fn index_name(root: Option<&Path>, id: &str) -> Option<String> {
     plain_name(id).then(|| format!("{id}.{hash:016x}"))
 }
 
+/// Who owns what has no owner in our user namespace (user_namespaces(7); every distribution keeps the default).
+pub const OVERFLOW_UID: u32 = 65534;
+
 /// Who we are outside, where we are uid 0 only in the user namespace of somebody else (rootless podman): that uid. Hooks
 /// have no environment to tell them.
 pub fn rootless() -> Option<u32> {

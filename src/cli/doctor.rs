@@ -13,7 +13,6 @@ use serde::Serialize;
 use crate::config::Settings;
 use crate::engine::leases_in;
 use crate::gpu::nvml::Nvml;
-use crate::host;
 use crate::report::{self, Exit, Misused};
 
 use super::counted;
@@ -193,9 +192,9 @@ fn text(report: &Report) -> String {
             out += &super::styled(Style::new().bold(), title(group));
             out.push('\n');
         }
-        out += &format!("  {}  {}\n", label(check.status), printable(&check.found));
+        out += &format!("  {}  {}\n", label(check.status), super::printable(&check.found));
         for line in check.remedy.iter().flat_map(|remedy| remedy.lines()) {
-            out += &format!("          {}\n", printable(line));
+            out += &format!("          {}\n", super::printable(line));
         }
     }
     out + &format!("{}\n", summary(&report.checks))
@@ -209,11 +208,6 @@ fn label(status: Status) -> String {
         Status::Fail => ("fail", AnsiColor::Red.on_default().bold()),
     };
     super::styled(style, word)
-}
-
-/// What others wrote (names, files, versions) without what a terminal would obey; on one line.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if host::steers(c) { ' ' } else { c }).collect()
 }
 
 fn summary(checks: &[Check]) -> String {
@@ -263,7 +257,7 @@ mod tests {
         assert!(text(&report()).contains("\x1b[1m\x1b[31mfail\x1b[0m"), "{}", text(&report()));
         let mut hostile = report();
         hostile.checks[0].found = "a\x1b[2Jb\nc".into();
-        assert!(text(&hostile).contains("a [2Jb c\n"));
+        assert!(text(&hostile).contains("a\u{fffd}[2Jb\u{fffd}c\n"));
     }
 
     #[test]

@@ -474,7 +474,7 @@ fn holds_table(history: &History) -> String {
     let titles = ["START", "HELD FOR", "USER", "HOLDER", "IMAGE", "SLICES", "GPU", "END"];
     let mut rows = vec![titles.map(str::to_owned).to_vec()];
     rows.extend(history.holds.iter().map(|hold| {
-        let or_dash = |text: Option<&str>| printable(text.unwrap_or("-"));
+        let or_dash = |text: Option<&str>| super::printable(text.unwrap_or("-"));
         let mut gpus: Vec<String> =
             hold.slices.iter().map(|s| s.gpu_index.map_or_else(|| s.gpu.clone(), |index| index.to_string())).collect();
         gpus.dedup();
@@ -485,8 +485,8 @@ fn holds_table(history: &History) -> String {
             or_dash(hold.user.as_deref().or(uid.as_deref())),
             or_dash(hold.container.as_deref().map(short).or(hold.job.as_deref()).or(hold.command.as_deref())),
             or_dash(hold.image.as_deref()),
-            printable(&hold.slices.iter().map(|s| s.profile.as_str()).collect::<Vec<_>>().join(",")),
-            printable(&gpus.join(",")),
+            super::printable(&hold.slices.iter().map(|s| s.profile.as_str()).collect::<Vec<_>>().join(",")),
+            super::printable(&gpus.join(",")),
             match (hold.state, &hold.reason) {
                 (End::Holding, None) => "still held".into(),
                 (End::Holding, Some(reason)) => format!("still held: {reason}"),
@@ -506,7 +506,7 @@ fn sums_table(history: &History, by: By) -> String {
         let sums = &group.sums;
         let name = group.name.as_deref().unwrap_or("-");
         vec![
-            printable(if by == By::Container { short(name) } else { name }),
+            super::printable(if by == By::Container { short(name) } else { name }),
             sums.holds.to_string(),
             sums.holding.to_string(),
             format!("{:.2}", sums.slice_hours),
@@ -516,11 +516,6 @@ fn sums_table(history: &History, by: By) -> String {
         ]
     }));
     if history.groups.is_empty() { String::new() } else { super::table(&rows) }
-}
-
-/// Whoever starts a container chooses its names: they must not steer the terminal of who reads them.
-fn printable(text: &str) -> String {
-    text.replace(host::steers, "\u{fffd}")
 }
 
 fn total(history: &History) -> String {

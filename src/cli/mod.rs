@@ -15,6 +15,7 @@ use crate::engine::{Failure, leases_in};
 use crate::first;
 use crate::gpu::nvml::Nvml;
 use crate::gpu::{ComputeInstance, Device, Gpu, Instance, MigDevice, Placement};
+use crate::host;
 use crate::lease::Lease;
 use crate::profile;
 use crate::report::{self, Exit};
@@ -299,6 +300,11 @@ fn counted<N: Display + From<u8> + PartialEq>(number: N, thing: &str) -> String 
 /// The word of a state, as the JSON documents spell it.
 fn word<T: Serialize>(state: T) -> String {
     serde_json::to_value(state).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// What others wrote (names, files, versions), on one line: it must not steer the terminal of who reads it.
+fn printable(text: &str) -> String {
+    text.replace(host::steers, "\u{fffd}")
 }
 
 /// A text without its styles.
