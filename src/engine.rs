@@ -95,6 +95,14 @@ pub enum Failure {
     /// The driver failed.
     #[error(transparent)]
     Gpu(#[from] GpuError),
+    /// The driver failed with one GPU.
+    #[error("GPU {index}: {error}")]
+    OnGpu {
+        /// NVML index.
+        index: u32,
+        /// How.
+        error: GpuError,
+    },
     /// The driver's files are not as they should be.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -245,12 +253,16 @@ impl<'a> Engine<'a> {
         look: Look,
     ) -> Result<(Lock, Result<Lease, Failure>), Failure> {
         let mut unusable: Vec<(String, String)> = Vec::new();
+        // Places that give capability minors which somebody still has.
+        let mut barred: Vec<Lease> = Vec::new();
+        let mut refused: Vec<Vec<Slice>> = Vec::new();
         let mut last = None;
         for _ in 0..PLACEMENT_TRIES {
             let mut leases = self.leases()?;
             let chosen = self.managed_devices().and_then(|devices| {
-                self.drop_vanished(&lock, &devices, &mut leases)?;
+                self.settle_vanished(&lock, &devices, &mut leases)?;
                 self.publish(&lock, &devices, &leases);
+                leases.extend(barred.iter().cloned());
                 self.decide_in_turn(&lock, devices, &leases, (request, holder), &unusable, look)
             });
             let (chosen, overtaken) = match chosen {
@@ -258,6 +270,7 @@ impl<'a> Engine<'a> {
                 Err(unmet) => return Ok((lock, Err(last.unwrap_or_else(|| unmet.into())))),
                 Ok(chosen) => chosen,
             };
+            let planned = chosen.slices.clone();
             let mut lease = self.new_lease(holder, chosen.slices)?;
             let claim = self.claim_new(&lock, &lease)?;
             self.store.ready_intent(&lock, &lease.token)?;
@@ -268,7 +281,14 @@ impl<'a> Engine<'a> {
             let (back, cut) = self.make(lock, &claim, &mut lease, evicted)?;
             lock = back;
             let leases = self.leases()?;
-            match cut.and_then(|()| Ok(self.check_minors(&lease, &leases)?)) {
+            let cut = cut.and_then(|()| {
+                let free = self.check_minors(&lease, &leases);
+                if free.is_err() {
+                    barred.push(Lease { state: State::Quarantined, ..lease.clone() });
+                }
+                Ok(free?)
+            });
+            match cut {
                 Ok(()) => {
                     lease.state = State::Active;
                     lease.granted_boot_ms = Some(host::boot_ms());
@@ -281,10 +301,13 @@ impl<'a> Engine<'a> {
                     lock = self.free_apart(lock, vec![undone])?.0;
                     self.serve(&lock, look, false)?;
                     self.count_overtakes(&lock, &overtaken, -1)?;
-                    // A taken placement is seen when the GPU is read again; a GPU in another trouble is left out.
-                    if let Some(gpu) = gpu.filter(|_| !matches!(failure, Failure::Gpu(GpuError::NoRoom { .. }))) {
+                    // A taken placement is seen when the GPU is read again. A GPU in another trouble is left out, and one that
+                    // refuses the same again.
+                    let no_room = matches!(failure, Failure::OnGpu { error: GpuError::NoRoom { .. }, .. });
+                    if let Some(gpu) = gpu.filter(|_| !no_room || refused.contains(&planned)) {
                         unusable.push((gpu, failure.to_string()));
                     }
+                    refused.push(planned);
                     last = Some(failure);
                 }
             }
@@ -343,6 +366,9 @@ impl<'a> Engine<'a> {
         let Some(mut lease) = self.store.get::<Lease>(token, VERSION)? else {
             return Err(stale("was freed before the container was created".into()));
         };
+        if lease.state == State::Quarantined {
+            return Err(stale(format!("has lost its slice: {}", lease.reason.unwrap_or_default())));
+        }
         if lease.state != State::Active || self.store.announced(token) {
             return Err(stale("is being released".into()));
         }
@@ -431,7 +457,9 @@ impl<'a> Engine<'a> {
         let mut freed: Vec<Action> = Vec::new();
         loop {
             let (lock, mut actions) = self.enter_and_reap()?;
-            actions.extend(self.look_afresh(&lock));
+            let news = self.look_afresh(&lock);
+            actions.retain(|action| !news.iter().any(|new| new.token == action.token));
+            actions.extend(news);
             self.forget_refusals(&lock)?;
             self.living_tickets(&lock)?;
             drop(lock);
@@ -680,6 +708,12 @@ fn written_pid_file(holder: &Holder) -> Option<PidFile> {
 
 fn index_of(holder: &Holder) -> Option<String> {
     index_name(holder.runtime_root.as_deref(), holder.container.as_deref()?)
+}
+
+/// Names the GPU of a slice with what the driver says of it.
+fn on(slice: &Slice) -> impl FnOnce(GpuError) -> Failure {
+    let index = slice.gpu_index;
+    move |error| Failure::OnGpu { index, error }
 }
 
 /// Whether the end of a holder was noticed so lately that the driver may be about to let go.

@@ -400,7 +400,7 @@ fn poststop(settings: &Settings, token: &str) -> Result<()> {
 pub(crate) fn release(engine: &Engine, token: &str, container: &str) -> Result<()> {
     match engine.release(token, Some(container), "its container has ended")? {
         Released::Busy { reason } => {
-            tracing::warn!(token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
+            tracing::warn!(token, "the slice is not free yet, the next acquire or migctl gc goes on with it: {reason}")
         }
         outcome => tracing::debug!(token, ?outcome, "poststop"),
     }

@@ -67,7 +67,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             Failure::Interrupted => Exit::Interrupted,
             Failure::RolledBack { failure, .. } => return code_of(failure.as_ref()),
             Failure::Host(host) => return code_of(host),
-            Failure::Gpu(gpu) => return code_of(gpu),
+            Failure::Gpu(gpu) | Failure::OnGpu { error: gpu, .. } => return code_of(gpu),
             Failure::Store(store) => return code_of(store),
             Failure::Setup(setup) => return code_of(setup),
             Failure::Cgroup(cgroup) => return code_of(cgroup),

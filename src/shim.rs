@@ -247,7 +247,7 @@ fn release_after_delete(plan: &Plan, settings: &Settings, nvml: &Nvml, deleted: 
     }
     match engine.release(&lease.token, Some(id), "its container was deleted")? {
         Released::Busy { reason } => {
-            tracing::warn!(token = %lease.token, "the slice is still in use, the next acquire or migctl gc frees it: {reason}")
+            tracing::warn!(token = %lease.token, "the slice is not free yet, the next acquire or migctl gc goes on with it: {reason}")
         }
         outcome => tracing::debug!(token = %lease.token, ?outcome, "delete"),
     }

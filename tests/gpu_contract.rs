@@ -430,7 +430,10 @@ fn errors_keep_their_meaning() {
     assert!(matches!(destroy("NO_PERMISSION"), GpuError::NoPermission { .. }));
     assert!(matches!(destroy("GPU_IS_LOST"), GpuError::Lost { .. }));
     assert!(matches!(destroy("INSUFFICIENT_RESOURCES"), GpuError::NoRoom { .. }));
-    assert_eq!(destroy("TIMEOUT").to_string(), "nvmlGpuInstanceDestroy: Timeout (NVML error 10)");
+    assert_eq!(
+        destroy("TIMEOUT").to_string(),
+        "nvmlGpuInstanceDestroy: Timeout (NVML error 10); the driver may say more: dmesg | grep -i nvrm"
+    );
     gpu.destroy_instance(&device.uuid, made.id).unwrap();
 }
 
@@ -466,10 +469,16 @@ fn an_instance_that_goes_while_it_is_listed_is_left_out() {
 #[test]
 fn a_lost_gpu_does_not_take_the_others_with_it() {
     let machine = Machine::with(&["a100-sxm4-80gb", "a30-24gb"]);
-    for call in ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetGpuInstances"] {
-        machine.sim(&["fault", "--call", call, "--fail", "GPU_IS_LOST"]);
-        let left = machine.gpu().devices().unwrap();
+    let calls = ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetGpuInstances"];
+    for (call, code) in calls.into_iter().zip(["GPU_IS_LOST", "RESET_REQUIRED", "UNKNOWN"]) {
+        machine.sim(&["fault", "--call", call, "--fail", code]);
+        let gpu = machine.gpu();
+        let left = gpu.devices().unwrap();
         assert_eq!(left.iter().map(|d| d.index).collect::<Vec<_>>(), [1], "{call}");
+        let out = gpu.left_out();
+        assert!(matches!(out.as_slice(), [(0, why)] if why.contains(call)), "{out:?}");
+        gpu.devices().unwrap();
+        assert_eq!(gpu.left_out(), [], "of the last look");
     }
     machine.fault("nvmlDeviceGetHandleByIndex_v2", "GPU_IS_LOST");
     let error = machine.gpu().devices().unwrap_err();

@@ -52,10 +52,6 @@ fn lease(world: &World, token: &str) -> Value {
     world.leases().into_iter().find(|l| l["token"] == token).unwrap_or_else(|| panic!("no lease {token}"))
 }
 
-fn gi(world: &World, token: &str) -> String {
-    lease(world, token)["slices"][0]["gi"].to_string()
-}
-
 /// The exit code of `migctl gc`, and result and reason for each lease.
 fn gc(world: &World) -> (Option<i32>, Vec<(String, String)>) {
     let output = world.migctl(&["gc", "--json"]);
@@ -330,30 +326,6 @@ fn an_unbound_lease_is_freed_after_two_minutes_though_its_owner_lives() {
 // ---- identity ----
 
 #[test]
-fn a_rivals_slice_with_our_id_and_uuid_is_not_destroyed() {
-    let world = World::new(&["a30-24gb"]);
-    let token = granted(&world, "1g.6gb");
-    let ours = lease(&world, &token)["slices"][0].clone();
-    world.sim("destroy", &["--gpu", "0", "--gi", &ours["gi"].to_string()]);
-    let start = ours["placement"]["start"].to_string();
-    world.sim("make", &["--gpu", "0", "--profile", "1g.6gb+me", "--start", &start]);
-    let foreign = world.instances();
-    let same = (&foreign[0]["id"], &foreign[0]["compute_instances"][0]["uuid"]);
-    assert_eq!(same, (&ours["gi"], &ours["uuid"]), "the simulator gives ids and UUIDs again");
-    poststop(&world, &token, "c1");
-    assert_eq!((world.instances(), world.leases()), (foreign, vec![]));
-}
-
-#[test]
-fn a_slice_that_somebody_destroyed_is_released_all_the_same() {
-    let world = World::new(&["a30-24gb"]);
-    let token = granted(&world, "1g.6gb");
-    world.sim("destroy", &["--gpu", "0", "--gi", &gi(&world, &token)]);
-    poststop(&world, &token, "c1");
-    world.assert_clean("after poststop");
-}
-
-#[test]
 fn poststop_may_come_twice_and_from_everybody_at_once() {
     let world = World::new(&["a30-24gb"]);
     let token = granted(&world, "1g.6gb");
@@ -395,154 +367,7 @@ fn a_lease_of_which_the_end_was_announced_can_not_be_bound() {
     world.assert_clean("after gc");
 }
 
-// ---- a driver that does not do as told ----
-
-#[test]
-fn in_use_twice_is_outwaited_by_poststop() {
-    let world = World::new(&["a30-24gb"]);
-    for call in [DESTROY_COMPUTE, DESTROY] {
-        let token = granted(&world, "1g.6gb");
-        world.fault(call, &["--fail", "IN_USE", "--times", "2"]);
-        let begun = Instant::now();
-        poststop(&world, &token, "c1");
-        assert!(begun.elapsed() < Duration::from_secs(3), "{call}: {:?}", begun.elapsed());
-        world.assert_clean(call);
-    }
-}
-
-#[test]
-fn a_slice_in_use_for_ever_stays_releasing_and_is_nobody_elses() {
-    let world = World::new(&[A100]);
-    let token = granted(&world, "3g.40gb");
-    world.sim("hold", &["--gpu", "0", "--gi", &gi(&world, &token)]);
-    poststop(&world, &token, "c1");
-    assert_eq!(lease(&world, &token)["state"], "releasing");
-    let other = granted(&world, "3g.40gb"); // there is room beside it
-    world.assert_consistent(&[], "while it is busy");
-    let begun = Instant::now();
-    let (whole, (code, actions)) = std::thread::scope(|scope| {
-        let whole = scope.spawn(|| precreate(&world, "7g.80gb"));
-        let cleared = gc(&world);
-        (whole.join().unwrap(), cleared)
-    });
-    let waited = begun.elapsed();
-    assert!(waited < Duration::from_secs(25), "{waited:?}");
-    assert_eq!(code, NO_ROOM, "{actions:?}");
-    let busy = actions.iter().filter(|(result, reason)| result == "busy" && reason.contains("use")).count();
-    assert_eq!(busy, 1, "{actions:?}");
-    assert_eq!(whole.status.code(), NO_ROOM, "{}", text(&whole));
-    assert_eq!(lease(&world, &token)["state"], "releasing");
-    world.assert_consistent(&[], "after gc and an acquire");
-    world.sim("unhold", &["--gpu", "0", "--gi", &gi(&world, &token)]);
-    poststop(&world, &other, "c2");
-    gc_does(&world, "freed", "ended");
-    world.assert_clean("when it is let go");
-}
-
-#[test]
-fn a_slice_that_a_listed_process_still_uses_stays_releasing() {
-    // What IN_USE mostly is: a process of the container that the driver has not let go of yet.
-    let world = World::new(&["a30-24gb"]);
-    let token = granted(&world, "1g.6gb");
-    let process = Sleeper::new();
-    world.sim("hold", &["--gpu", "0", "--gi", &gi(&world, &token), "--pid", &process.0.id().to_string()]);
-    poststop(&world, &token, "c1");
-    let now = lease(&world, &token);
-    assert_eq!(now["state"], "releasing", "{now}");
-    world.sim("unhold", &["--gpu", "0", "--gi", &gi(&world, &token)]);
-    gc_does(&world, "freed", "ended");
-    world.assert_clean("when it has ended");
-}
-
-#[test]
-fn an_acquire_that_needs_the_room_waits_for_a_busy_slice() {
-    let world = World::new(&["a30-24gb"]);
-    let token = granted(&world, "1g.6gb");
-    let gi = gi(&world, &token);
-    world.sim("hold", &["--gpu", "0", "--gi", &gi]);
-    poststop(&world, &token, "c1");
-    world.sim("count", &["on"]);
-    let waiter = std::thread::scope(|scope| {
-        let waiter = scope.spawn(|| precreate(&world, "4g.24gb"));
-        wait_for("two tries of the acquire", Duration::from_secs(10), || {
-            let counts: Value = serde_json::from_str(&world.sim("counts", &["--json"])).unwrap();
-            counts[DESTROY_COMPUTE].as_u64() >= Some(2)
-        });
-        let let_go = Instant::now();
-        world.sim("unhold", &["--gpu", "0", "--gi", &gi]);
-        let output = waiter.join().unwrap();
-        assert!(let_go.elapsed() < Duration::from_secs(5), "{:?}", let_go.elapsed());
-        output
-    });
-    assert!(waiter.status.success(), "{}", text(&waiter));
-    let leases = world.assert_consistent(&[], "after the wait");
-    assert_eq!((leases.len(), &leases[0]["token"]), (1, &json!(token_in(&waiter.stdout))));
-}
-
-#[test]
-fn room_that_the_driver_refuses_once_is_asked_for_again() {
-    let world = World::new(&["a30-24gb"]);
-    world.fault(CREATE, &["--fail", "INSUFFICIENT_RESOURCES", "--times", "1"]);
-    let token = granted(&world, "1g.6gb");
-    assert_eq!(world.assert_consistent(&[], "after one refusal").len(), 1);
-    poststop(&world, &token, "c1");
-    world.fault(CREATE, &["--fail", "INSUFFICIENT_RESOURCES", "--times", "forever"]);
-    let output = precreate(&world, "1g.6gb");
-    assert_eq!(output.status.code(), NO_ROOM, "{}", text(&output));
-    world.assert_clean("after a driver that always refuses");
-}
-
-#[test]
-fn a_rivals_bare_instance_that_came_between_stays() {
-    // It has the room between our look and our call: the driver refuses us, so the instance there is not ours to undo.
-    let world = World::new(&["a30-24gb"]);
-    world.fault(CREATE, &["--delay-ms", "1500"]);
-    let (output, foreign) = std::thread::scope(|scope| {
-        let hook = scope.spawn(|| precreate(&world, "1g.6gb"));
-        let step = || world.leases().first().map(|l| l["slices"][0]["step"] == "creating-instance");
-        wait_for("a call on its way", Duration::from_secs(10), || step() == Some(true));
-        let start = world.leases()[0]["slices"][0]["placement"]["start"].to_string();
-        world.sim("make", &["--gpu", "0", "--profile", "1g.6gb", "--start", &start, "--no-ci"]);
-        let foreign = world.instances();
-        (hook.join().unwrap(), foreign)
-    });
-    assert_eq!(foreign.len(), 1);
-    assert!(output.status.success(), "{}", text(&output));
-    assert_eq!(world.assert_consistent(&foreign, "after the race").len(), 1);
-}
-
-#[test]
-fn a_gpu_that_is_lost_is_left_for_another() {
-    let world = World::new(&["a30-24gb", "a30-24gb"]);
-    world.fault(CREATE, &["--fail", "GPU_IS_LOST", "--times", "1"]);
-    let token = granted(&world, "1g.6gb");
-    assert_eq!(world.assert_consistent(&[], "after a lost GPU").len(), 1);
-    assert_eq!(lease(&world, &token)["slices"][0]["gpu_index"], 1);
-}
-
-#[test]
-fn an_instance_without_its_compute_instance_is_undone() {
-    let world = World::new(&["a30-24gb", "a30-24gb"]);
-    world.fault(CREATE_COMPUTE, &["--fail", "UNKNOWN", "--times", "1"]);
-    let token = granted(&world, "4g.24gb"); // elsewhere
-    assert_eq!(world.assert_consistent(&[], "after one failure").len(), 1);
-    poststop(&world, &token, "c1");
-    for code in ["UNKNOWN", "INSUFFICIENT_RESOURCES"] {
-        world.fault(CREATE_COMPUTE, &["--fail", code, "--times", "forever"]);
-        let output = precreate(&world, "4g.24gb");
-        assert!(!output.status.success() && output.stdout.is_empty(), "{}", text(&output));
-        world.assert_clean(code);
-        world.sim("clear-faults", &[]);
-    }
-    // Nor can it be undone at once.
-    world.fault(CREATE_COMPUTE, &["--fail", "UNKNOWN", "--times", "1"]);
-    world.fault(DESTROY, &["--fail", "IN_USE", "--times", "1"]);
-    let token = granted(&world, "4g.24gb");
-    world.assert_consistent(&[], "with one that could not be undone");
-    gc(&world);
-    poststop(&world, &token, "c2");
-    world.assert_clean("after gc");
-}
+// ---- quarantine ----
 
 #[test]
 fn a_half_made_slice_that_somebody_uses_is_quarantined() {

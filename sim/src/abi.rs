@@ -213,6 +213,12 @@ impl Handle {
         }
     }
 
+    /// The NVML index of the GPU that it is, or lies on.
+    pub fn gpu(self) -> Outcome<usize> {
+        let (Target::Gpu(gpu) | Target::Gi { gpu, .. } | Target::Ci { gpu, .. }) = self.target()?;
+        Ok(gpu)
+    }
+
     /// For a struct that holds a device.
     pub fn device(self) -> nvmlDevice_t {
         std::ptr::without_provenance_mut(self.0)
@@ -267,7 +273,7 @@ macro_rules! exports {
             #[allow(unsafe_code, non_snake_case, missing_docs)]
             #[unsafe(no_mangle)]
             pub extern "C" fn $name($($arg: $type),*) -> ::std::ffi::c_uint {
-                $crate::session::call(stringify!($name), |$call| $body)
+                $crate::session::call(stringify!($name), &[$(&$arg),*], |$call| $body)
             }
         )*
     };

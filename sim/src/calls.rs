@@ -1,5 +1,6 @@
 //! The calls that every client may require: see `optional` for the others.
 
+use std::any::Any;
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong};
 use std::fs;
 
@@ -13,7 +14,7 @@ use crate::load;
 use crate::optional;
 use crate::rules;
 use crate::session::{self, Call, Device, ci, ci_handle, gi, gi_handle, mig_devices, mig_gpu};
-use crate::state::Gi;
+use crate::state::{Config, Gi, State};
 use crate::stubs;
 
 /// `NVML_GPU_INSTANCE_PROFILE_COUNT` of drivers that know 3_SLICE_GFX.
@@ -423,15 +424,17 @@ fn by_index(call: &Call, index: u32, device: &Out<Handle>) -> Outcome<()> {
 }
 
 pub(crate) fn by_uuid(call: &Call, uuid: &str) -> Outcome<Handle> {
-    let config = call.config();
+    of_uuid(call.config(), &call.now()?.state, uuid)
+}
+
+fn of_uuid(config: &Config, state: &State, uuid: &str) -> Outcome<Handle> {
     if let Some(gpu) = config.gpus.iter().position(|gpu| gpu.uuid == uuid) {
         return Ok(Handle::of(Target::Gpu(gpu)));
     }
     if !uuid.starts_with("GPU-") && !uuid.starts_with("MIG-") {
         return Err(Code::INVALID_ARGUMENT);
     }
-    let now = call.now()?;
-    for (gpu, state) in now.state.gpus.iter().enumerate() {
+    for (gpu, state) in state.gpus.iter().enumerate() {
         for (gi, ci) in mig_devices(state) {
             if uuid == config.mig_uuid(gpu, gi.id, ci.id) || uuid == config.old_mig_uuid(gpu, gi.id, ci.id) {
                 return Ok(ci_handle(gpu, gi, ci, true));
@@ -442,14 +445,33 @@ pub(crate) fn by_uuid(call: &Call, uuid: &str) -> Outcome<Handle> {
 }
 
 pub(crate) fn by_bus_id(call: &Call, text: &str, device: &Out<Handle>) -> Outcome<()> {
+    device.put(of_bus_id(call.config(), text)?)
+}
+
+fn of_bus_id(config: &Config, text: &str) -> Outcome<Handle> {
     let parse = |text: &str| u32::from_str_radix(text, 16).map_err(|_| Code::INVALID_ARGUMENT);
     let mut parts = text.rsplitn(3, ':');
     let slot = parts.next().unwrap_or_default();
     let bus = parse(parts.next().ok_or(Code::INVALID_ARGUMENT)?)?;
     let domain = parts.next().map_or(Ok(0), parse)?;
     let slot = parse(slot.split('.').next().unwrap_or_default())?;
-    let found = call.config().gpus.iter().position(|gpu| domain == 0 && slot == 0 && gpu.bus == bus);
-    device.put(Handle::of(Target::Gpu(found.ok_or(Code::NOT_FOUND)?)))
+    let found = config.gpus.iter().position(|gpu| domain == 0 && slot == 0 && gpu.bus == bus);
+    Ok(Handle::of(Target::Gpu(found.ok_or(Code::NOT_FOUND)?)))
+}
+
+/// The GPU that a call is about, by its arguments.
+pub(crate) fn gpu_of(config: &Config, state: &State, name: &str, args: &[&dyn Any]) -> Option<usize> {
+    args.iter().find_map(|arg| {
+        if let Some(handle) = arg.downcast_ref::<Handle>() {
+            return handle.gpu().ok();
+        }
+        if let Some(text) = arg.downcast_ref::<InText>() {
+            let text = text.get().ok()?;
+            return of_uuid(config, state, &text).or_else(|_| of_bus_id(config, &text)).ok()?.gpu().ok();
+        }
+        let index = arg.downcast_ref::<c_uint>().filter(|_| name.starts_with("nvmlDeviceGetHandleByIndex"));
+        index.map(|index| *index as usize)
+    })
 }
 
 /// The GPU of a GPU or MIG handle.

@@ -36,14 +36,11 @@ impl Code {
     /// `NVML_ERROR_UNKNOWN`
     pub const UNKNOWN: Self = Self(999);
 
-    /// The code named by `text`: its number, or its NVML name with or without `NVML_ERROR_`.
+    /// The code named by `text`: any number, also one that no header knows, or its NVML name with or without `NVML_ERROR_`.
     pub fn parse(text: &str) -> Option<Self> {
         let name = text.trim_start_matches("NVML_ERROR_");
-        TEXTS
-            .iter()
-            .find(|(number, known, _)| known.eq_ignore_ascii_case(name) || number.to_string() == name)
-            .filter(|(number, ..)| *number != 0)
-            .map(|(number, ..)| Self(*number))
+        let named = || TEXTS.iter().find(|(_, known, _)| known.eq_ignore_ascii_case(name)).map(|(number, ..)| *number);
+        text.parse().ok().or_else(named).filter(|number| *number != 0).map(Self)
     }
 
     /// The NVML name without `NVML_ERROR_`.
@@ -107,7 +104,8 @@ mod tests {
         for given in ["19", "IN_USE", "in_use", "NVML_ERROR_IN_USE"] {
             assert_eq!(Code::parse(given), Some(Code::IN_USE), "{given}");
         }
-        for given in ["0", "SUCCESS", "31", "", "BUSY"] {
+        assert_eq!(Code::parse("4242"), Some(Code(4242)));
+        for given in ["0", "SUCCESS", "-1", "", "BUSY"] {
             assert_eq!(Code::parse(given), None, "{given}");
         }
     }

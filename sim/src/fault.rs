@@ -43,6 +43,8 @@ pub struct Fault {
     pub nth: u64,
     /// For this many consecutive matching calls; `u64::MAX` means for ever.
     pub times: u64,
+    /// Only calls about the GPU of this NVML index, and about what lies on it.
+    pub gpu: Option<usize>,
     /// What happens.
     pub action: Action,
 }
@@ -51,6 +53,10 @@ impl Fault {
     /// Whether it still waits, or fires on.
     pub fn armed(&self, tally: &Tally) -> bool {
         tally.counted < self.nth.saturating_sub(1).saturating_add(self.times)
+    }
+
+    fn means(&self, call: &str, gpu: Option<usize>) -> bool {
+        matches(&self.call, call) && (self.gpu.is_none() || self.gpu == gpu)
     }
 }
 
@@ -119,14 +125,14 @@ pub fn matches(pattern: &str, call: &str) -> bool {
 }
 
 impl Plan {
-    /// Decides about one call and counts it.
-    pub fn judge(&self, call: &str, tallies: &mut [Tally]) -> Verdict {
+    /// Decides about one call, of that GPU if it is about one, and counts it.
+    pub fn judge(&self, call: &str, gpu: Option<usize>, tallies: &mut [Tally]) -> Verdict {
         let mut verdict = Verdict::default();
         for latency in self.latencies.iter().filter(|latency| matches(&latency.call, call)) {
             verdict.delay += Duration::from_millis(latency.ms);
         }
         for (fault, tally) in self.faults.iter().zip(tallies) {
-            if !matches(&fault.call, call) || !fault.armed(tally) {
+            if !fault.means(call, gpu) || !fault.armed(tally) {
                 continue;
             }
             tally.counted += 1;
@@ -158,7 +164,7 @@ mod tests {
     use super::*;
 
     fn plan(call: &str, nth: u64, times: u64, action: Action) -> Plan {
-        Plan { faults: vec![Fault { call: call.into(), nth, times, action }], ..Plan::default() }
+        Plan { faults: vec![Fault { call: call.into(), nth, times, gpu: None, action }], ..Plan::default() }
     }
 
     #[test]
@@ -166,11 +172,11 @@ mod tests {
         let plan = plan("nvmlGpuInstanceDestroy", 2, 3, Action::Fail(19));
         let mut tallies = [Tally::default()];
         let fired: Vec<bool> =
-            (0..7).map(|_| plan.judge("nvmlGpuInstanceDestroy", &mut tallies).fail.is_some()).collect();
+            (0..7).map(|_| plan.judge("nvmlGpuInstanceDestroy", None, &mut tallies).fail.is_some()).collect();
         assert_eq!(fired, [false, true, true, true, false, false, false]);
         assert_eq!(tallies, [Tally { counted: 4, fired: 3 }]);
         assert!(!plan.active(&tallies));
-        assert_eq!(plan.judge("nvmlComputeInstanceDestroy", &mut tallies), Verdict::default());
+        assert_eq!(plan.judge("nvmlComputeInstanceDestroy", None, &mut tallies), Verdict::default());
     }
 
     #[test]
@@ -178,7 +184,7 @@ mod tests {
         let plan = plan("*", 1, u64::MAX, Action::KillBefore);
         let mut tallies = [Tally::default()];
         for call in ["nvmlInit_v2", "nvmlShutdown"] {
-            assert!(plan.judge(call, &mut tallies).kill_before);
+            assert!(plan.judge(call, None, &mut tallies).kill_before);
         }
         assert!(plan.active(&tallies));
     }
@@ -197,9 +203,10 @@ mod tests {
             call: "*".into(),
             nth: 1,
             times: 1,
+            gpu: None,
             action: Action::Fail(code),
         }));
-        let verdict = plan.judge("nvmlInit_v2", &mut [Tally::default(); 3]);
+        let verdict = plan.judge("nvmlInit_v2", None, &mut [Tally::default(); 3]);
         assert_eq!((verdict.delay, verdict.fail), (Duration::from_millis(25), Some(Code::IN_USE)));
     }
 }

@@ -165,6 +165,9 @@ struct FaultReport {
     nth: u64,
     /// Absent means for ever.
     times: Option<u64>,
+    /// Absent means any GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<usize>,
     action: Action,
     counted: u64,
     fired: u64,
@@ -178,6 +181,7 @@ impl Orders {
             call: fault.call.clone(),
             nth: fault.nth,
             times: Some(fault.times).filter(|times| *times != u64::MAX),
+            gpu: fault.gpu,
             action: fault.action,
             counted: tally.counted,
             fired: tally.fired,
@@ -208,8 +212,9 @@ impl Orders {
                 Some(times) => format!("{times} times"),
             };
             let armed = if fault.armed { "armed" } else { "spent" };
+            let of = fault.gpu.map_or_else(String::new, |gpu| format!(" of GPU {gpu}"));
             lines.push(format!(
-                "{}: {action} from call {} on, {times}: {armed}, counted {}, fired {}",
+                "{}{of}: {action} from call {} on, {times}: {armed}, counted {}, fired {}",
                 fault.call, fault.nth, fault.counted, fault.fired
             ));
         }

@@ -1,5 +1,6 @@
 //! The life of the library in one process, and what every call needs.
 
+use std::any::Any;
 use std::ffi::c_uint;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,15 +36,15 @@ pub struct Call {
     pass: Pass,
 }
 
-/// Runs the body of an exported call.
-pub fn call(name: &'static str, body: impl FnOnce(&mut Call) -> Outcome<()>) -> c_uint {
-    answer(attached().and_then(|(machine, first)| run(name, machine, first, body)))
+/// Runs the body of an exported call with these arguments.
+pub fn call(name: &'static str, args: &[&dyn Any], body: impl FnOnce(&mut Call) -> Outcome<()>) -> c_uint {
+    answer(attached().and_then(|(machine, first)| run(name, args, machine, first, body)))
 }
 
 /// Runs nvmlInit and its kin.
 pub fn init(name: &'static str) -> c_uint {
     answer(machine().and_then(|machine| {
-        run(name, machine, None, |call| {
+        run(name, &[], machine, None, |call| {
             let now = call.now()?;
             let mut session = session();
             if session.users == 0 {
@@ -64,11 +65,12 @@ pub fn shutdown() -> Outcome<()> {
 
 fn run(
     name: &'static str,
+    args: &[&dyn Any],
     machine: Arc<Machine>,
     first: Option<Arc<Snapshot>>,
     body: impl FnOnce(&mut Call) -> Outcome<()>,
 ) -> Outcome<()> {
-    let pass = machine.pass(name, calls::names)?;
+    let pass = machine.pass(name, calls::names, |state| calls::gpu_of(&machine.config, state, name, args))?;
     let mut call = Call { machine, first, pass };
     let outcome = body(&mut call);
     call.machine.leave(&call.pass);

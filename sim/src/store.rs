@@ -376,8 +376,14 @@ impl Machine {
         self.poke(COUNTS_AT, &vec![0; names.len()])
     }
 
-    /// Lets a call go on, late, or not at all, as ordered. `names` lists the calls by place of their count.
-    pub fn pass(&self, name: &str, names: fn() -> Vec<&'static str>) -> Outcome<Pass> {
+    /// Lets a call go on, late, or not at all, as ordered. `names` lists the calls by place of their count, `gpu` tells which one
+    /// this call is about.
+    pub fn pass(
+        &self,
+        name: &str,
+        names: fn() -> Vec<&'static str>,
+        gpu: impl FnOnce(&State) -> Option<usize>,
+    ) -> Outcome<Pass> {
         let head = self.head()?;
         if head.flags == 0 {
             return Ok(Pass { head, delay: Duration::ZERO, kill_after: false });
@@ -388,7 +394,7 @@ impl Machine {
             let _lock = self.lock(LOCK)?;
             let mut tallies = self.tallies(plan.faults.len())?;
             let before = tallies.clone();
-            let verdict = plan.judge(name, &mut tallies);
+            let verdict = plan.judge(name, gpu(&snapshot.state), &mut tallies);
             if tallies != before {
                 self.poke_tallies(&tallies)?;
                 if !plan.active(&tallies) {

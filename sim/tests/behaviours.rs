@@ -720,9 +720,33 @@ fn a_fault_fails_the_calls_it_was_told_to() {
     assert_eq!(call!(lib, nvmlInit_v2()), 15);
     sim.cli("clear-faults", &[]);
     assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), SUCCESS);
-    for bad in [&["--call", "nvmlNoSuchCall", "--fail", "19"][..], &["--call", "*", "--fail", "77"], &["--call", "*"]] {
+    for bad in [&["--call", "nvmlNoSuchCall", "--fail", "19"][..], &["--call", "*", "--fail", "BUSY"], &["--call", "*"]]
+    {
         assert!(!sim.try_cli("fault", bad).status.success(), "{bad:?}");
     }
+}
+
+#[test]
+fn a_fault_of_one_gpu_leaves_the_other() {
+    need_root!();
+    let sim = Sim::new(&["--gpu", A100, "--gpu", A100]);
+    let lib = sim.client();
+    let (first, second) = (lib.gpu(0), lib.gpu(1));
+    let (gi, other) = (lib.create_gi(first, 19).unwrap(), lib.create_gi(second, 19).unwrap());
+    let uuids = [lib.uuid(first).unwrap(), lib.uuid(second).unwrap()];
+    sim.cli("fault", &["--call", "*", "--gpu", "0", "--times", "forever", "--fail", "4242"]);
+    let mut device = std::ptr::null_mut();
+    let by_index: Vec<u32> = (0..2).map(|gpu| call!(lib, nvmlDeviceGetHandleByIndex_v2(gpu, &mut device))).collect();
+    assert_eq!(by_index, [4242, SUCCESS]);
+    assert_eq!(uuids.map(|uuid| lib.by_uuid(&uuid).err()), [Some(4242), None]);
+    assert_eq!([first, second].map(|gpu| lib.create_gi(gpu, 19).err()), [Some(4242), None], "by the GPU's handle");
+    assert_eq!([gi, other].map(|gi| lib.create_ci(gi, 0).err()), [Some(4242), None], "by that of what lies on it");
+    let mut count = 0;
+    assert_eq!(call!(lib, nvmlDeviceGetCount_v2(&mut count)), SUCCESS, "about no GPU");
+    assert!(sim.cli("faults", &[]).contains("* of GPU 0"));
+    sim.cli("clear-faults", &[]);
+    lib.create_ci(gi, 0).unwrap();
+    assert!(!sim.try_cli("fault", &["--call", "*", "--gpu", "2", "--fail", "19"]).status.success());
 }
 
 #[test]

@@ -167,7 +167,19 @@ impl Engine<'_> {
     }
 
     fn managed(&self) -> Result<Vec<Device>, Unmet> {
-        Ok(managed_of(self.settings, self.gpu.devices()?)?)
+        let devices = self.gpu.devices()?;
+        Ok(managed_of(self.settings, devices).map_err(|refusal| self.with_left_out(refusal))?)
+    }
+
+    /// A refusal may be for the lack of a GPU that fails now: that is said, and no reason never to ask again.
+    fn with_left_out(&self, refusal: Refusal) -> Refusal {
+        let left_out: Vec<String> =
+            self.gpu.left_out().iter().map(|(index, why)| format!("; GPU {index} is left out: {why}")).collect();
+        match refusal.kind.finality() {
+            _ if left_out.is_empty() => refusal,
+            Finality::Never => Refusal::new(Kind::Failing, refusal.sentence + &left_out.concat()),
+            _ => Refusal::new(refusal.kind, refusal.sentence + &left_out.concat()),
+        }
     }
 
     /// Refuses what the settings forbid, whatever is there.
@@ -201,10 +213,18 @@ impl Engine<'_> {
         uid: Option<u32>,
         unusable: &[(String, String)],
     ) -> Result<Chosen, Unmet> {
-        let devices = self.usable_devices(devices, request, unusable)?;
         let users = self.users();
         let user_of = |device: &Device, instance: &Instance| users.besides_agents(&device.uuid, device.minor, instance);
-        self.choose(&devices, leases, request, uid, &user_of)
+        let chosen = self
+            .usable_devices(devices, request, unusable)
+            .and_then(|devices| self.choose(&devices, leases, request, uid, &user_of));
+        chosen.map_err(|unmet| match unmet {
+            Unmet::Refused(mut refusals) => {
+                let last = refusals.pop().map(|refusal| self.with_left_out(refusal));
+                Unmet::Refused(refusals.into_iter().chain(last).collect())
+            }
+            failed => failed,
+        })
     }
 
     /// Those GPUs that may serve the request.
@@ -350,7 +370,10 @@ impl Engine<'_> {
                 continue;
             }
             let refusal = match self.in_the_way(device, instance, kept, leases, found, uid) {
-                None => user_of(device, instance)?.map(|pid| (Kind::InUse, format!("is in use by process {pid}"))),
+                None => match user_of(device, instance) {
+                    Ok(user) => user.map(|pid| (Kind::InUse, format!("is in use by process {pid}"))),
+                    Err(failure) => Some((Kind::Failing, format!("can't be looked at: {failure}"))),
+                },
                 refusal => refusal,
             };
             match refusal {
@@ -480,7 +503,7 @@ pub(super) fn usable(
     }
     devices.retain(|d| !unusable.iter().any(|(uuid, _)| *uuid == d.uuid));
     if devices.is_empty() {
-        let reasons: Vec<String> = unusable.iter().map(|(gpu, why)| format!("{gpu}: {why}")).collect();
+        let reasons: Vec<String> = unusable.iter().map(|(_, why)| why.clone()).collect();
         return Err(Refusal::new(Kind::Failing, reasons.join("; ")));
     }
     Ok(devices)
@@ -542,8 +565,13 @@ fn standing(lease: &Lease) -> String {
         (State::Static, None) => "kept".into(),
         (State::Idle, _) => lease.reason.as_ref().map_or("idle".into(), |watched| format!("idle: {watched}")),
         (State::Quarantined, _) => format!("{}, quarantined", lease.held_by()),
-        (State::Releasing, _) if lease.holder.container.is_some() => format!("{}, which has ended", lease.held_by()),
-        (State::Pending | State::Active | State::Releasing, _) => lease.held_by(),
+        (State::Releasing, _) => {
+            let ended = if lease.holder.container.is_some() { ", which has ended" } else { "" };
+            let in_the_way = lease.reason.as_deref().and_then(|reason| reason.split_once("; ")).map(|(_, why)| why);
+            let why = in_the_way.map_or_else(String::new, |why| format!(": {why}"));
+            format!("{}{ended}{why}", lease.held_by())
+        }
+        (State::Pending | State::Active, _) => lease.held_by(),
     }
 }
 

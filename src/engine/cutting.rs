@@ -6,7 +6,7 @@ use crate::gpu::GpuError;
 use crate::lease::{Lease, State, Step};
 use crate::store::Claim;
 
-use super::{Engine, Failure};
+use super::{Engine, Failure, on};
 
 /// Why a lease was not cut.
 pub(super) struct NotCut {
@@ -43,7 +43,8 @@ impl Engine<'_> {
             lease.slices[at].gi = Some(gi);
             lease.slices[at].step = Step::CreatingCompute;
             self.store.put_claimed(claim, lease)?;
-            let compute = self.gpu.create_compute(&gpu, gi, lease.slices[at].compute_slices)?;
+            let compute = self.gpu.create_compute(&gpu, gi, lease.slices[at].compute_slices);
+            let compute = compute.map_err(on(&lease.slices[at]))?;
             lease.slices[at].ci = Some(compute.id);
             lease.slices[at].uuid = Some(compute.uuid);
             lease.slices[at].step = Step::Whole;
@@ -64,7 +65,7 @@ impl Engine<'_> {
         if let Err(GpuError::NoRoom { .. } | GpuError::InUse { .. } | GpuError::NoPermission { .. }) = created {
             lease.slices[at].step = Step::Planned; // what is at that place now is a rival's, not ours to undo
         }
-        Ok(created?.id)
+        Ok(created.map_err(on(&lease.slices[at]))?.id)
     }
 
     /// Refuses capability minors that still belong to somebody: the driver gives an id again as soon as its instance has gone,

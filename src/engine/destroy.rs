@@ -84,7 +84,12 @@ impl Engine<'_> {
             less.slices.retain(|slice| slice.ci != Some(ci));
             self.store.put(&lock, &lease.token, &less)?;
         }
-        let busy = obstacle(self.gpu.destroy_compute(gpu, gi, ci));
+        let mut what = self.new_lease(&new_holder(Way::Create, std::process::id()), slices_of(device, instance)?)?;
+        what.slices.retain(|slice| slice.ci == Some(ci));
+        let busy = match what.slices.first() {
+            Some(slice) => obstacle(slice, self.gpu.destroy_compute(gpu, gi, ci)),
+            None => Ok(None), // it has just gone
+        };
         if !matches!(busy, Ok(None)) {
             for lease in &kept {
                 self.store.put(&lock, &lease.token, lease)?;
@@ -93,8 +98,6 @@ impl Engine<'_> {
         if let Some(Obstacle::Busy(why) | Obstacle::Held(why)) = busy? {
             return Ok(Destroyed::Unchanged(why));
         }
-        let mut what = self.new_lease(&new_holder(Way::Create, std::process::id()), slices_of(device, instance)?)?;
-        what.slices.retain(|slice| slice.ci == Some(ci));
         audit("destroy", &what.holder, json!({"slices": audited(&what)}));
         self.look_afresh(&lock);
         Ok(Destroyed::Done)

@@ -4,13 +4,14 @@
 use std::time::Duration;
 
 use crate::container;
-use crate::gpu::{ComputeInstance, GpuError, Instance};
+use crate::gpu::{ComputeInstance, Device, GpuError, Instance};
 use crate::host;
 use crate::lease::{Lease, Slice, State, Step, Verdict, Way};
 use crate::store::{Claim, Lock};
 
+use super::keep::VANISHED;
 use super::{
-    Action, Engine, Failure, action, audit_release, has_just_ended, index_of, process_in_words, user_in_words,
+    Action, Engine, Failure, action, audit_release, has_just_ended, index_of, on, process_in_words, user_in_words,
 };
 
 /// Why an orphan goes.
@@ -121,12 +122,21 @@ impl Engine<'_> {
     /// calls in use only those are known whom it lists.
     pub fn foresee(&self) -> Result<Vec<Action>, Failure> {
         let leases = if self.is_outlived()? { Vec::new() } else { self.leases()? };
-        leases.into_iter().map(|lease| self.foresee_one(lease)).collect()
+        let devices = if leases.is_empty() { Vec::new() } else { self.gpu.devices().unwrap_or_default() };
+        let foresee = |lease: Lease| {
+            self.foresee_one(lease.clone(), &devices)
+                .unwrap_or_else(|failure| action(&lease, "failed", &failure.to_string()))
+        };
+        Ok(leases.into_iter().map(foresee).collect())
     }
 
-    fn foresee_one(&self, lease: Lease) -> Result<Action, Failure> {
+    fn foresee_one(&self, lease: Lease, devices: &[Device]) -> Result<Action, Failure> {
         let (lease, _, verdict) = self.examine(lease);
         let why = match verdict {
+            Verdict::Keep(_) if self.has_vanished(&lease, devices) => {
+                let result = if lease.is_spare() { "freed" } else { "quarantined" };
+                return Ok(action(&lease, result, VANISHED));
+            }
             Verdict::Keep(reason) => return Ok(self.kept(&lease, reason)),
             Verdict::UnderWay(reason) => return Ok(action(&lease, "busy", reason)),
             Verdict::Free(why) => why,
@@ -171,7 +181,7 @@ impl Engine<'_> {
         let Ending { mut lease, why, result, .. } = ending;
         let done = match result {
             Ok(None) => self.forget(lock, &lease).map(|()| action(&lease, "freed", &why)),
-            Ok(Some(Obstacle::Busy(what))) => Ok(action(&lease, "busy", &format!("{why}; {what}"))),
+            Ok(Some(Obstacle::Busy(what))) => Ok(self.not_yet(lock, &mut lease, "busy", format!("{why}; {what}"))),
             Ok(Some(Obstacle::Watched(what))) => {
                 self.keep_idle(lock, &lease, &why, Some(&what)).map(|()| watched(&lease, &why, &what))
             }
@@ -181,11 +191,20 @@ impl Engine<'_> {
                 let put = self.store.put(lock, &lease.token, &lease).map_err(Failure::from);
                 put.map(|()| action(&lease, "quarantined", &what))
             }
-            Err(failure) => Err(failure),
+            Err(failure) => Ok(self.not_yet(lock, &mut lease, "failed", format!("{why}; {failure}"))),
         };
         let action = done.unwrap_or_else(|failure| failed(&lease, &why, &failure));
         tracing::debug!(token = %action.token, result = action.result, reason = %action.reason, "freeing a lease");
         action
+    }
+
+    /// A lease that stays on its way out, with what is in the way for those who look at it.
+    fn not_yet(&self, lock: &Lock, lease: &mut Lease, result: &'static str, reason: String) -> Action {
+        lease.reason = Some(reason.clone());
+        if let Err(error) = self.store.put(lock, &lease.token, lease) {
+            tracing::warn!("what is in the way of lease {} was not written down: {error}", lease.token);
+        }
+        action(lease, result, &reason)
     }
 
     /// Destroys one slice if it is there and ours. `recovering`: a killed process left it, so that nothing may hold it.
@@ -209,13 +228,13 @@ impl Engine<'_> {
             lease.slices[at].uuid = Some(compute.uuid.clone());
             lease.slices[at].step = Step::DestroyingCompute;
             self.store.put_claimed(claim, lease)?;
-            if let Some(busy) = obstacle(self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {
+            if let Some(busy) = obstacle(&slice, self.gpu.destroy_compute(&slice.gpu, instance.id, compute.id))? {
                 return self.by_whom(busy, lease, &slice, &instance).map(Some);
             }
         }
         lease.slices[at].step = Step::DestroyingInstance;
         self.store.put_claimed(claim, lease)?;
-        if let Some(busy) = obstacle(self.gpu.destroy_instance(&slice.gpu, instance.id))? {
+        if let Some(busy) = obstacle(&slice, self.gpu.destroy_instance(&slice.gpu, instance.id))? {
             return self.by_whom(busy, lease, &slice, &instance).map(Some);
         }
         for other in lease.slices.iter_mut().filter(|other| other.shares(&slice)) {
@@ -274,8 +293,8 @@ impl Engine<'_> {
     fn still_ours(&self, lease: &Lease, at: usize) -> Result<Option<Instance>, Failure> {
         let slice = &lease.slices[at];
         let there = match slice.gi {
-            Some(gi) => self.gpu.instance(&slice.gpu, gi)?.into_iter().collect(),
-            None => self.gpu.instances(&slice.gpu)?,
+            Some(gi) => self.gpu.instance(&slice.gpu, gi).map_err(on(slice))?.into_iter().collect(),
+            None => self.gpu.instances(&slice.gpu).map_err(on(slice))?,
         };
         let same = |i: &Instance| i.placement == slice.placement && i.profile == slice.profile;
         let Some(instance) = there.into_iter().find(same) else { return Ok(None) };
@@ -337,10 +356,10 @@ fn failed(lease: &Lease, why: &str, failure: &Failure) -> Action {
 }
 
 /// Not found is done; in use is for later; anything else is an error.
-pub(super) fn obstacle(result: Result<(), GpuError>) -> Result<Option<Obstacle>, Failure> {
+pub(super) fn obstacle(slice: &Slice, result: Result<(), GpuError>) -> Result<Option<Obstacle>, Failure> {
     match result {
         Ok(()) | Err(GpuError::NotFound { .. }) => Ok(None),
-        Err(busy @ GpuError::InUse { .. }) => Ok(Some(Obstacle::Busy(busy.to_string()))),
-        Err(other) => Err(other.into()),
+        Err(busy @ GpuError::InUse { .. }) => Ok(Some(Obstacle::Busy(on(slice)(busy).to_string()))),
+        Err(other) => Err(on(slice)(other)),
     }
 }

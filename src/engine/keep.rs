@@ -14,6 +14,9 @@ use super::choose::usable;
 use super::cutting::NotCut;
 use super::{ACQUIRE_LOCK_WAIT, Action, Cordons, Engine, Failure, action, audit, audited, idle, new_holder};
 
+/// Why a slice is lost.
+pub(super) const VANISHED: &str = "it is not there any more: its GPU was reset, or another tool destroyed it";
+
 impl Engine<'_> {
     /// Cuts GPU instances and keeps them, all or none, at the best placements. One record each. `start`: the first memory
     /// slice of a single one. A cordoned GPU is used only when it is named.
@@ -32,7 +35,7 @@ impl Engine<'_> {
     ) -> Result<Vec<Vec<Slice>>, Failure> {
         let (mut devices, mut leases) = (self.to_cut_on(cuts, gpu, start)?, self.leases()?);
         idle::take_out(&mut devices, &mut leases, |_| true);
-        take_vanished(&devices, &mut leases);
+        self.take_vanished(&devices, &mut leases);
         self.planned(cuts, &devices, &leases)
     }
 
@@ -86,7 +89,7 @@ impl Engine<'_> {
         reserved_for: Option<u32>,
     ) -> Result<Vec<Lease>, Failure> {
         let mut before = self.leases()?;
-        self.drop_vanished(lock, devices, &mut before)?;
+        self.settle_vanished(lock, devices, &mut before)?;
         let mut pending = Vec::new();
         for slices in self.planned(cuts, devices, &before)? {
             let lease = self.new_lease(&new_holder(Way::Create, std::process::id()), slices)?;
@@ -115,7 +118,7 @@ impl Engine<'_> {
     pub(super) fn cut_to_keep(&self, lock: &Lock, lease: &mut Lease, others: &[Lease]) -> Result<(), Failure> {
         let claim = self.claim_new(lock, lease)?;
         match self.cut(&claim, lease) {
-            Err(NotCut { failure: Failure::Gpu(GpuError::NotOffered(why)), .. }) => {
+            Err(NotCut { failure: Failure::OnGpu { error: GpuError::NotOffered(why), .. }, .. }) => {
                 return Err(Failure::BadRequest(why));
             }
             Err(not_cut) => return Err(not_cut.failure),
@@ -191,7 +194,7 @@ impl Engine<'_> {
         let lock = self.lock_for_change()?;
         let devices = self.to_cut_on(cuts, gpu, None)?;
         let mut leases = self.leases()?;
-        self.drop_vanished(&lock, &devices, &mut leases)?;
+        self.settle_vanished(&lock, &devices, &mut leases)?;
         let (mut found, mut to_cut) = (Vec::new(), Vec::new());
         for cut in cuts {
             match self.free_kept(&devices, &leases, &cut.want, &found)? {
@@ -333,45 +336,89 @@ impl Engine<'_> {
         }
     }
 
-    /// Forgets kept slices that are not there any more: the GPU was reset, or another tool destroyed them.
-    pub(super) fn drop_vanished(
+    /// Forgets kept slices that are not there any more, and puts the leases of those that somebody has into quarantine: their
+    /// minors stay theirs, and what lies in their place from now on is another's.
+    pub(super) fn settle_vanished(
         &self,
         lock: &Lock,
         devices: &[Device],
         leases: &mut Vec<Lease>,
     ) -> Result<Vec<Action>, Failure> {
         let mut dropped = Vec::new();
-        for lease in take_vanished(devices, leases) {
+        for lease in self.take_vanished(devices, leases) {
             if lease.reserved_for.is_some() {
                 self.open_nodes_or_warn(&lease);
             }
             self.store.remove(lock, &lease.token, None)?;
-            let why = "it is not there any more: its GPU was reset, or another tool destroyed it";
-            audit("lost", &lease.holder, json!({"token": lease.token, "reason": why, "slices": audited(&lease)}));
-            dropped.push(action(&lease, "freed", why));
+            audit("lost", &lease.holder, json!({"token": lease.token, "reason": VANISHED, "slices": audited(&lease)}));
+            dropped.push(action(&lease, "freed", VANISHED));
+        }
+        for lease in leases.iter_mut().filter(|lease| self.has_vanished(lease, devices)) {
+            for slice in lease.slices.iter_mut().filter(|slice| self.is_gone(slice, devices)) {
+                slice.step = step_of_lost(slice, devices);
+            }
+            lease.state = State::Quarantined;
+            lease.reason = Some(VANISHED.into());
+            self.store.put(lock, &lease.token, lease)?;
+            audit("lost", &lease.holder, json!({"token": lease.token, "reason": VANISHED, "slices": audited(lease)}));
+            dropped.push(action(lease, "quarantined", VANISHED));
         }
         Ok(dropped)
     }
 
-    /// Kept slices that have gone, nodes of reserved ones, and the CDI spec, where there is any: done when the leases
+    /// Takes out of `leases` the kept and the idle slices that are not there any more.
+    pub(super) fn take_vanished(&self, devices: &[Device], leases: &mut Vec<Lease>) -> Vec<Lease> {
+        leases.extract_if(.., |lease| lease.is_spare() && self.has_vanished(lease, devices)).collect()
+    }
+
+    /// Whether a slice that a lease should have is not there.
+    pub(super) fn has_vanished(&self, lease: &Lease, devices: &[Device]) -> bool {
+        let should_be_there = lease.is_spare() || lease.state == State::Active;
+        should_be_there && lease.slices.iter().any(|slice| self.is_gone(slice, devices))
+    }
+
+    /// Whether a slice that was there is not, on a GPU that was read: also asked for by itself, since what goes and comes while
+    /// a GPU is read may be missed.
+    fn is_gone(&self, slice: &Slice, devices: &[Device]) -> bool {
+        let Some(device) = devices.iter().find(|device| device.uuid == slice.gpu) else { return false };
+        let is_it = |instance: &Instance| {
+            slice.is_at(&device.uuid, instance) && instance.compute.iter().any(|c| Some(&c.uuid) == slice.uuid.as_ref())
+        };
+        let seen = device.is_closed() || device.instances.iter().any(is_it);
+        let there = |gi| self.gpu.instance(&slice.gpu, gi).map(|there| there.is_some_and(|instance| is_it(&instance)));
+        !seen && slice.gi.is_none_or(|gi| matches!(there(gi), Ok(false)))
+    }
+
+    /// Slices that have gone, nodes of reserved ones, and the CDI spec, where there is any: done when the leases
     /// themselves are in step. A failure stops nothing.
     pub(super) fn look_afresh(&self, lock: &Lock) -> Vec<Action> {
         let look = || {
             let mut leases = self.leases()?;
-            if self.settings.cdi_spec.is_none() && !leases.iter().any(Lease::is_spare) {
+            let may_be_lost = |lease: &Lease| lease.is_spare() || lease.state == State::Active;
+            if self.settings.cdi_spec.is_none() && !leases.iter().any(may_be_lost) {
                 return Ok(Vec::new());
             }
             let devices = self.managed_devices()?;
-            let dropped = self.drop_vanished(lock, &devices, &mut leases)?;
+            let dropped = self.settle_vanished(lock, &devices, &mut leases)?;
             let reserved = leases.iter().filter(|lease| lease.state == State::Static && lease.reserved_for.is_some());
             reserved.into_iter().try_for_each(|lease| self.close_nodes(lease))?;
             self.publish(lock, &devices, &leases);
             Ok(dropped)
         };
         look().unwrap_or_else(|failure: Failure| {
-            tracing::warn!("kept slices and the CDI spec were not looked at: {failure}");
+            tracing::warn!("whether slices are still there was not looked at: {failure}");
             Vec::new()
         })
+    }
+}
+
+/// What there is left to do of a slice that is lost: a GPU instance without compute instances is still ours.
+fn step_of_lost(slice: &Slice, devices: &[Device]) -> Step {
+    let bare = |i: &Instance| Some(i.id) == slice.gi && i.profile == slice.profile && i.compute.is_empty();
+    let here = devices.iter().filter(|device| device.uuid == slice.gpu);
+    match here.flat_map(|device| &device.instances).any(|i| i.placement == slice.placement && bare(i)) {
+        true => Step::DestroyingInstance,
+        false => Step::Gone,
     }
 }
 
@@ -433,20 +480,4 @@ fn starting_at(mut devices: Vec<Device>, want: &Want, start: u32) -> Result<Vec<
 /// What the audit tells of a record.
 pub(super) fn kept(lease: &Lease) -> serde_json::Value {
     json!({"token": lease.token, "reserved_for": lease.reserved_for, "slices": audited(lease)})
-}
-
-/// Takes out of `leases` the kept and the idle slices that are not there any more.
-pub(super) fn take_vanished(devices: &[Device], leases: &mut Vec<Lease>) -> Vec<Lease> {
-    let vanished =
-        |lease: &mut Lease| lease.is_spare() && lease.slices.iter().any(|slice| has_vanished(slice, devices));
-    leases.extract_if(.., vanished).collect()
-}
-
-/// Whether a slice that was there is not, on a GPU that was read.
-fn has_vanished(slice: &Slice, devices: &[Device]) -> bool {
-    let Some(device) = devices.iter().find(|device| device.uuid == slice.gpu) else { return false };
-    let same = |instance: &Instance| {
-        slice.is_at(&device.uuid, instance) && instance.compute.iter().any(|c| Some(&c.uuid) == slice.uuid.as_ref())
-    };
-    !device.is_closed() && !device.instances.iter().any(same)
 }

@@ -80,7 +80,7 @@ impl Engine<'_> {
         let lock = self.lock_for_change()?;
         let mut leases = self.leases()?;
         let before = self.managed_gpus()?;
-        self.drop_vanished(&lock, &before, &mut leases)?;
+        self.settle_vanished(&lock, &before, &mut leases)?;
         let mut done = Vec::new();
         let outcome = match self.change(&lock, targets, &before, &leases, watch, &mut done) {
             Err(failure) if !done.is_empty() => {

@@ -13,7 +13,6 @@ use crate::request::{Request, Want, format_wants};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet, missing, refused, rooms};
 use super::freeing::{ABANDONED, ToDestroy, is_left_halfway};
-use super::keep::take_vanished;
 use super::users::Users;
 use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
 
@@ -278,7 +277,7 @@ impl Engine<'_> {
         };
         let mut scene = Scene { devices, leases };
         plan.freed_first = self.take_ended(&mut scene)?;
-        take_vanished(&scene.devices, &mut scene.leases);
+        self.take_vanished(&scene.devices, &mut scene.leases);
         let holder = Holder { uid, ..Holder::new(Way::Shim) };
         let (in_line, decided) = self.decide_at_the_end(scene.devices.clone(), &scene.leases, (request, &holder));
         drop(lock);
@@ -383,7 +382,11 @@ impl Engine<'_> {
                 }
             };
             let instances = match reason {
-                Some(_) => self.instances_of_ended(&lease)?,
+                // What can't be read now is not destroyed now.
+                Some(_) => self.instances_of_ended(&lease).unwrap_or_else(|failure| {
+                    tracing::warn!("lease {} stays for now: {failure}", lease.token);
+                    None
+                }),
                 None => None,
             };
             let (Some(reason), Some(instances)) = (reason, instances) else {

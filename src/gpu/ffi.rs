@@ -137,11 +137,12 @@ impl Library {
         if !path.is_absolute() {
             return Err(refused("the path is not absolute".to_owned()));
         }
-        let nvml = nvml_wrapper::Nvml::builder()
-            .lib_path(path.as_os_str())
-            .flags(InitFlags::NO_GPUS)
-            .init()
-            .map_err(|error| refused(init_reason(&error)))?;
+        let nvml = nvml_wrapper::Nvml::builder().lib_path(path.as_os_str()).flags(InitFlags::NO_GPUS).init().map_err(
+            |error| match error {
+                NvmlError::LibRmVersionMismatch => GpuError::Changed { path: path.display().to_string() },
+                error => refused(init_reason(&error)),
+            },
+        )?;
         // nvml-wrapper's Drop panics where nvmlShutdown is missing, so it must not run before that is known.
         let library = ManuallyDrop::new(Library { nvml, versioned_profiles: Cell::new(None) });
         let missing = first_missing!(library.nvml.lib(),
@@ -776,6 +777,7 @@ impl Library {
             NOT_FOUND => GpuError::NotFound { call },
             NO_PERMISSION => GpuError::NoPermission { call },
             GPU_IS_LOST => GpuError::Lost { call },
+            RESET_REQUIRED => GpuError::ResetRequired { call },
             _ => GpuError::Driver { call, code, text: self.error_text(code) },
         })
     }

@@ -314,8 +314,23 @@ pub enum GpuError {
         /// The NVML function.
         call: &'static str,
     },
+    /// NVML_ERROR_LIB_RM_VERSION_MISMATCH (18) at the start.
+    #[error(
+        "the NVIDIA driver was changed and not loaded again: {path} does not fit the kernel module; reboot, or stop what uses the \
+         GPUs and run: modprobe -r nvidia_uvm nvidia_drm nvidia_modeset nvidia && modprobe nvidia"
+    )]
+    Changed {
+        /// The library.
+        path: String,
+    },
+    /// NVML_ERROR_RESET_REQUIRED (16).
+    #[error("{call}: the GPU must be reset: end what runs on it, then run: nvidia-smi --gpu-reset")]
+    ResetRequired {
+        /// The NVML function.
+        call: &'static str,
+    },
     /// Anything else, with NVML's number and words.
-    #[error("{call}: {text} (NVML error {code})")]
+    #[error("{call}: {text} (NVML error {code}); the driver may say more: dmesg | grep -i nvrm")]
     Driver {
         /// The NVML function.
         call: &'static str,
@@ -332,6 +347,8 @@ pub trait Gpu: std::fmt::Debug {
     fn driver_version(&self) -> Result<String, GpuError>;
     /// Every GPU, in PCI bus order, with offered profiles and existing instances.
     fn devices(&self) -> Result<Vec<Device>, GpuError>;
+    /// The GPUs that the last `devices` had to leave out: index, and why.
+    fn left_out(&self) -> Vec<(u32, String)>;
     /// GPU instances of one GPU now, in id order, half-made ones included.
     fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError>;
     /// One of them by its id; `None` where there is none.

@@ -28,6 +28,8 @@ pub struct Nvml {
     library: OnceCell<Library>,
     /// Profiles by GPU UUID. What a GPU offers does not change while the driver is loaded.
     offers: RefCell<HashMap<String, Rc<[Profile]>>>,
+    /// What the last look at all GPUs left out.
+    left_out: RefCell<Vec<(u32, String)>>,
     /// Compute-instance profiles by GPU UUID and GPU-instance profile, largest first; asked of the first instance met.
     splits: RefCell<Splits>,
 }
@@ -35,7 +37,13 @@ pub struct Nvml {
 impl Nvml {
     /// The driver behind that `libnvidia-ml.so.1`; an absolute path. Loads nothing yet.
     pub fn at(path: impl Into<PathBuf>) -> Nvml {
-        Nvml { path: path.into(), library: OnceCell::new(), offers: RefCell::default(), splits: RefCell::default() }
+        Nvml {
+            path: path.into(),
+            library: OnceCell::new(),
+            offers: RefCell::default(),
+            left_out: RefCell::default(),
+            splits: RefCell::default(),
+        }
     }
 
     fn library(&self) -> Result<&Library, GpuError> {
@@ -149,25 +157,20 @@ impl Gpu for Nvml {
         self.library()?.driver_version()
     }
 
-    /// A GPU that has fallen off the bus or can't be opened is left out with a warning, so that the others stay usable;
-    /// when none is left, its error is the answer. Without permission to see placements and instances, as a user, those
-    /// lists are empty.
+    /// A GPU that has fallen off the bus, can't be opened, or fails otherwise is left out with a warning, so that the others
+    /// stay usable; when none is left, its error is the answer. Without permission to see placements and instances, as a user,
+    /// those lists are empty.
     fn devices(&self) -> Result<Vec<Device>, GpuError> {
         let library = self.library()?;
         let mut devices = Vec::new();
         let mut unusable = None;
+        self.left_out.borrow_mut().clear();
         for index in 0..library.device_count()? {
-            let read = match library.device_by_index(index) {
-                Ok(handle) => match self.read_device(library, index, &handle) {
-                    Err(error) if !matches!(error, GpuError::Lost { .. }) => return Err(error),
-                    read => read,
-                },
-                Err(error) => Err(error),
-            };
-            match read {
+            match library.device_by_index(index).and_then(|handle| self.read_device(library, index, &handle)) {
                 Ok(device) => devices.push(device),
                 Err(error) => {
                     tracing::warn!("GPU {index} is left out: {error}");
+                    self.left_out.borrow_mut().push((index, error.to_string()));
                     unusable.get_or_insert(error);
                 }
             }
@@ -179,6 +182,10 @@ impl Gpu for Nvml {
         // NVML writes bus ids in upper-case hex of fixed width, so their order is the order of the text.
         devices.sort_by(|a, b| a.pci_bus_id.cmp(&b.pci_bus_id));
         Ok(devices)
+    }
+
+    fn left_out(&self) -> Vec<(u32, String)> {
+        self.left_out.borrow().clone()
     }
 
     fn instances(&self, gpu: &str) -> Result<Vec<Instance>, GpuError> {

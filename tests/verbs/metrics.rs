@@ -234,7 +234,8 @@ fn what_is_told_is_so() {
     is("mig_instance_dram_utilization_ratio", &[("gpu", "1"), ("gi", gi)], 0.5);
     let since = value(&told, "mig_slice_held_since_timestamp_seconds", &[("gpu", "1"), ("gi", gi), ("ci", ci)]);
     assert!((before - 60.0..=before).contains(&since), "{since} {before}");
-    is("mig_leases", &[("state", "active")], 4.0);
+    is("mig_leases", &[("state", "active")], 3.0);
+    is("mig_leases", &[("state", "quarantined")], 1.0);
     is("mig_leases", &[("state", "static")], 1.0);
     is("mig_leases", &[("state", "pending")], 0.0);
     is("mig_leases_stale", &[], 1.0);

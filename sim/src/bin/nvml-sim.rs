@@ -197,6 +197,9 @@ enum Command {
         /// And at the matching calls that follow, this many in all, or `forever`.
         #[arg(long, default_value = "1", value_parser = times)]
         times: u64,
+        /// Only calls about this GPU, by NVML index, and about what lies on it.
+        #[arg(long)]
+        gpu: Option<usize>,
         /// Return this code without effect: number or name, for example 19 or IN_USE.
         #[arg(long, group = "action", value_parser = code)]
         fail: Option<Code>,
@@ -428,21 +431,25 @@ fn run(command: Command) -> Result<()> {
             state.gpus[gpu].persistence = mode == Switch::On;
             Ok(())
         })?),
-        Command::Fault { dir, call, nth, times, fail, delay_ms, kill } => {
+        Command::Fault { dir, call, nth, times, gpu, fail, delay_ms, kill } => {
             known_call(&call)?;
+            let machine = match gpu {
+                Some(gpu) => open_gpu(&dir, gpu)?,
+                None => open(&dir)?,
+            };
             let action = match (fail, delay_ms, kill) {
                 (Some(code), ..) => Action::Fail(code.0),
                 (_, Some(ms), _) => Action::DelayMs(ms),
                 (.., Some(Kill::Before)) => Action::KillBefore,
                 _ => Action::KillAfter,
             };
-            open(&dir)?.order(|plan, _| {
+            machine.order(|plan, _| {
                 ensure!(
                     plan.faults.len() < MAX_FAULTS,
                     "{MAX_FAULTS} faults are listed already; forget them with `nvml-sim clear-faults {}`",
                     dir.display()
                 );
-                plan.faults.push(Fault { call, nth, times, action });
+                plan.faults.push(Fault { call, nth, times, gpu, action });
                 Ok(())
             })?
         }
