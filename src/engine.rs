@@ -304,15 +304,15 @@ impl<'a> Engine<'a> {
                     // A taken placement is seen when the GPU is read again. A GPU in another trouble is left out, and one that
                     // refuses the same again.
                     let no_room = matches!(failure, Failure::OnGpu { error: GpuError::NoRoom { .. }, .. });
-                    if let Some(gpu) = gpu.filter(|_| !no_room || refused.contains(&planned)) {
-                        unusable.push((gpu, failure.to_string()));
+                    if !no_room || refused.contains(&planned) {
+                        unusable.extend(gpu.map(|gpu| (gpu, failure.to_string())));
+                        last = Some(failure);
                     }
                     refused.push(planned);
-                    last = Some(failure);
                 }
             }
         }
-        let never = || Failure::NoRoom("no placement was accepted by the driver".into());
+        let never = || Failure::NoRoom("no room: the driver refuses every placement that looks free".into());
         Ok((lock, Err(last.unwrap_or_else(never))))
     }
 

@@ -89,11 +89,8 @@ pub struct Waiter {
 pub enum Turn {
     /// It may start now, on these GPUs.
     Now(Gpus),
-    /// There is no room for it on the GPUs that are open to it. `behind`: the first barrier that closes some.
-    Waits {
-        /// Its place in the line, from 0.
-        behind: Option<usize>,
-    },
+    /// There is no room for it on the GPUs that are open to it.
+    Waits,
     /// It was left out.
     Asleep,
 }
@@ -132,8 +129,7 @@ pub fn scan(waiters: &[Waiter], mut fit: impl FnMut(usize, &Gpus) -> Option<Gpus
             }
             None => {
                 hopeless.insert(waiter.wish);
-                let behind = barriers.iter().copied().find(|n| !waiters[*n].usable.is_disjoint(&waiter.usable));
-                line.turns.push(Turn::Waits { behind });
+                line.turns.push(Turn::Waits);
                 vec![at]
             }
         };
@@ -150,7 +146,13 @@ impl Line {
     /// Whether the one at that place waits and may not be overtaken any more.
     pub fn is_barrier(&self, waiters: &[Waiter], at: usize) -> bool {
         let in_somebodys_way = !waiters[at].usable.is_empty();
-        matches!(self.turns[at], Turn::Waits { .. }) && in_somebodys_way && self.overtaken[at] >= waiters[at].limit
+        matches!(self.turns[at], Turn::Waits) && in_somebodys_way && self.overtaken[at] >= waiters[at].limit
+    }
+
+    /// The first barrier before the one at that place that closes GPUs to it.
+    pub fn barrier_before(&self, waiters: &[Waiter], at: usize) -> Option<usize> {
+        let closes = |n: &usize| !waiters[*n].usable.is_disjoint(&waiters[at].usable);
+        (0..at).find(|n| self.is_barrier(waiters, *n) && closes(n))
     }
 
     /// The GPUs that those before the one at that place close to it.
@@ -161,7 +163,7 @@ impl Line {
 
     /// The places of those that the one at `at` overtakes when it starts on these GPUs.
     pub fn passed_over(&self, waiters: &[Waiter], at: usize, gpus: &Gpus) -> Vec<usize> {
-        let waits = |n: &usize| matches!(self.turns[*n], Turn::Waits { .. }) && !waiters[*n].usable.is_disjoint(gpus);
+        let waits = |n: &usize| matches!(self.turns[*n], Turn::Waits) && !waiters[*n].usable.is_disjoint(gpus);
         (0..at).filter(waits).collect()
     }
 }
@@ -197,21 +199,23 @@ mod tests {
         })
     }
 
-    const WAITS: Turn = Turn::Waits { behind: None };
-
     #[test]
     fn whatever_fits_starts_and_those_passed_over_are_counted() {
         let line = scan_of(&[waiter(7, &[0], 0), waiter(1, &[0], 0), waiter(7, &[0], 1), waiter(1, &[0], 0)], &[3]);
-        assert_eq!(line.turns, [WAITS, Turn::Now(gpus(&[0])), WAITS, Turn::Now(gpus(&[0]))]);
+        assert_eq!(line.turns, [Turn::Waits, Turn::Now(gpus(&[0])), Turn::Waits, Turn::Now(gpus(&[0]))]);
         assert_eq!(line.overtaken, [2, 0, 2, 0]);
     }
 
     #[test]
     fn nobody_passes_a_barrier_also_one_that_becomes_it_in_this_scan() {
         let line = scan_of(&[waiter(7, &[0], 1), waiter(1, &[0], 0), waiter(1, &[0], 0)], &[3]);
-        assert_eq!(line.turns, [WAITS, Turn::Now(gpus(&[0])), Turn::Waits { behind: Some(0) }]);
+        assert_eq!(line.turns, [Turn::Waits, Turn::Now(gpus(&[0])), Turn::Waits]);
+        // Also one that was looked at before it became that.
+        let waiters = [waiter(7, &[0], 1), waiter(5, &[0, 1], 0), waiter(1, &[0], 0), waiter(1, &[1], 0)];
+        let line = scan_of(&waiters, &[3, 3]);
+        assert_eq!([0, 1, 2, 3].map(|at| line.barrier_before(&waiters, at)), [None, Some(0), Some(0), Some(1)]);
         let strict = Waiter { limit: 0, ..waiter(7, &[0], 0) };
-        assert_eq!(scan_of(&[strict, waiter(1, &[0], 0)], &[3]).turns, [WAITS, Turn::Waits { behind: Some(0) }]);
+        assert_eq!(scan_of(&[strict, waiter(1, &[0], 0)], &[3]).turns, [Turn::Waits, Turn::Waits]);
     }
 
     #[test]
@@ -225,7 +229,7 @@ mod tests {
         // The first may use GPU 0 only, the second none: cordoned.
         let line =
             scan_of(&[waiter(7, &[0], 2), waiter(7, &[], 2), waiter(1, &[0, 1], 0), waiter(1, &[0], 0)], &[3, 3]);
-        assert_eq!(line.turns, [WAITS, WAITS, Turn::Now(gpus(&[1])), Turn::Waits { behind: Some(0) }]);
+        assert_eq!(line.turns, [Turn::Waits, Turn::Waits, Turn::Now(gpus(&[1])), Turn::Waits]);
         assert_eq!(line.overtaken, [2, 2, 0, 0]);
     }
 

@@ -367,6 +367,43 @@ fn a_lease_of_which_the_end_was_announced_can_not_be_bound() {
     world.assert_clean("after gc");
 }
 
+// ---- a rival ----
+
+#[test]
+fn whose_room_a_rival_takes_at_the_last_moment_is_told_so_or_waits_on() {
+    for wait in [json!(null), json!("20s")] {
+        let world = World::new(&["a30-24gb"]);
+        world.fault(CREATE, &["--delay-ms", "1500"]);
+        let mut asked = ask("4g.24gb");
+        if wait.is_string() {
+            asked["annotations"]["mig.wait"] = wait.clone();
+        }
+        let output = std::thread::scope(|scope| {
+            let hook = scope.spawn(|| world.hook(&["precreate"], asked.to_string().as_bytes()));
+            let step = || world.leases().first().map(|l| l["slices"][0]["step"] == "creating-instance");
+            wait_for("a call on its way", Duration::from_secs(10), || step() == Some(true));
+            world.sim("make", &["--gpu", "0", "--profile", "1g.6gb"]);
+            if wait.is_string() {
+                let line = || world.document(&["queue"])["waiting"].as_array().unwrap().len();
+                wait_for("a place in the line", Duration::from_secs(10), || line() == 1);
+                world.sim("destroy", &["--gpu", "0", "--gi", &world.instances()[0]["id"].to_string()]);
+            }
+            hook.join().unwrap()
+        });
+        if wait.is_string() {
+            assert!(output.status.success(), "{}", text(&output));
+            world.assert_consistent(&[], "when the rival's slice has gone");
+        } else {
+            assert_eq!(output.status.code(), NO_ROOM, "{}", text(&output));
+            assert!(
+                text(&output).contains("no room for 4g.24gb: GPU 0 (NVIDIA A30) holds 1g.6gb at"),
+                "{}",
+                text(&output)
+            );
+        }
+    }
+}
+
 // ---- quarantine ----
 
 #[test]

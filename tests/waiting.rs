@@ -227,6 +227,26 @@ fn a_request_for_another_gpu_neither_overtakes_nor_is_stopped() {
 }
 
 #[test]
+fn what_is_too_much_for_the_gpus_that_a_barrier_leaves_open_waits_like_others() {
+    let world = World::new(&[A30, A30]);
+    with_queue(&world, "overtakes = 0");
+    // Another tool's, so that whoever asks for a whole GPU can use the other one only.
+    world.sim("make", &["--gpu", "1", "--profile", "1g.6gb"]);
+    let holder = held(&world, "4g.24gb");
+    let barrier = Asking::in_line(&world, "4g.24gb", "20s", 1);
+    // 2g.12gb goes on either, three of them on no single one.
+    let refused = precreate(&world, "3x2g.12gb", None);
+    assert_eq!(refused.status.code(), NO_ROOM, "{}", text(&refused));
+    assert!(text(&refused).contains("no room for 3x2g.12gb: ticket 1 ("), "{}", text(&refused));
+    let never = precreate(&world, "5x2g.12gb", Some("20s"));
+    assert_eq!(never.status.code(), Some(65), "{}", text(&never));
+    let waits = Asking::in_line(&world, "3x2g.12gb", "20s", 2);
+    end(&world, &holder);
+    end(&world, &barrier.given());
+    end(&world, &waits.given());
+}
+
+#[test]
 fn one_that_waits_for_a_cordoned_gpu_is_in_nobodys_way() {
     let world = World::new(&[A30]);
     with_queue(&world, "overtakes = 0");

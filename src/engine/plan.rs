@@ -669,7 +669,7 @@ fn alternatives(request: &Request, refusals: Vec<Refusal>) -> Vec<Alternative> {
 }
 
 /// Whether the end of somebody may help.
-fn may_pass(kind: Kind) -> bool {
+pub(super) fn may_pass(kind: Kind) -> bool {
     matches!(Failure::from(Refusal::new(kind, "")), Failure::NoRoom(_))
 }
 

@@ -21,6 +21,7 @@ use crate::request::{Request, Want, format_alternatives, format_wait};
 use crate::store::{Bell, Lock, Rung, Store};
 
 use super::choose::{Chosen, Kind, Refusal, Unmet};
+use super::plan::may_pass;
 use super::{ACQUIRE_LOCK_WAIT, Engine, Failure, idle};
 
 /// Longest wait in a hook or the shim. The hooks that we register have 120 s, for this and twice for the lock; whoever wants
@@ -425,7 +426,7 @@ impl Engine<'_> {
             let since = match turn {
                 Turn::Asleep => continue,
                 Turn::Now(_) => Some(ticket.turn_boot_ms.unwrap_or_else(host::boot_ms)),
-                Turn::Waits { .. } => None,
+                Turn::Waits => None,
             };
             if since != ticket.turn_boot_ms {
                 call |= since.is_some() && look.ticket != Some(ticket.number);
@@ -450,28 +451,33 @@ impl Engine<'_> {
         at: usize,
         unusable: &[(String, String)],
     ) -> Unmet {
-        let behind = match survey.line.turns[at] {
-            Turn::Waits { behind } => behind,
-            _ => None,
-        };
         let closed = survey.line.closed_to(&survey.waiters, at);
         let remedy = if at < tickets.len() { "" } else { "; with mig.wait this one would wait in line" };
-        let barrier = behind.and_then(|n| tickets.get(n)).map(|ticket| barrier_sentence(ticket) + remedy);
+        let ticket = survey.line.barrier_before(&survey.waiters, at).and_then(|n| tickets.get(n));
+        let barrier = ticket.map(|ticket| barrier_sentence(ticket) + remedy);
+        let wanted = format_alternatives(&line[at].0.alternatives);
+        let by_barrier = |why: &str| Refusal::new(Kind::Barrier, format!("no room for {wanted}: {why}")).into();
         if let Some(sentence) = &barrier
             && survey.waiters[at].usable.is_subset(&closed)
         {
-            let wanted = format_alternatives(&line[at].0.alternatives);
-            return Refusal::new(Kind::Barrier, format!("no room for {wanted}: {sentence}")).into();
+            return by_barrier(sentence);
         }
-        let decided = survey.decisions[at].take().unwrap_or_else(|| {
-            self.decide(devices, &survey.leases, line[at].0, line[at].1.uid, &left_out(unusable, &closed))
-        });
-        let refusal = match decided {
+        let leases = &survey.leases;
+        let decide = |closed: &Gpus| {
+            self.decide(devices.clone(), leases, line[at].0, line[at].1.uid, &left_out(unusable, closed))
+        };
+        let refusal = match survey.decisions[at].take().unwrap_or_else(|| decide(&closed)) {
             Err(Unmet::Refused(refusals)) => Refusal::joined(&refusals),
             Err(failed) => return failed,
             Ok(_) => Refusal::new(Kind::Barrier, "those who wait longer take what is free"),
         };
+        // What is too much for the GPUs that are open may be none for all of them.
+        let is_final = |refusal: &Refusal| !may_pass(refusal.kind);
+        let needs_closed = barrier.is_some()
+            && is_final(&refusal)
+            && !matches!(decide(&Gpus::new()), Err(Unmet::Refused(all)) if is_final(&Refusal::joined(&all)));
         match barrier {
+            Some(sentence) if needs_closed => by_barrier(&sentence),
             Some(sentence) => Refusal::new(refusal.kind, format!("{}; {sentence}", refusal.sentence)).into(),
             None => refusal.into(),
         }
@@ -491,7 +497,7 @@ impl Engine<'_> {
             let waits_for = match survey.line.turns[at] {
                 Turn::Now(_) => None,
                 Turn::Asleep => Some("it has not moved since its turn came: is it stopped?".into()),
-                Turn::Waits { .. } => {
+                Turn::Waits => {
                     let unmet = self.why_not(devices.clone(), &tickets, &line, &mut survey, at, &[]);
                     Some(Failure::from(unmet).to_string())
                 }
