@@ -31,8 +31,8 @@ COMMIT = $(shell git log -1 --abbrev=12 --format=%h -- $(BUILT_FROM) 2>/dev/null
 # cargo from rustup, runc and dockerd: not in everybody's PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
-.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages test-attack soak check audit \
-    conformance fuzz bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
+.PHONY: help deps build demo picture test test-docs test-engines test-slurm test-slurm-slow test-packages test-attack test-crash soak \
+    check audit conformance fuzz bench bench-placement bench-queue install install-sim uninstall listing deb rpm licences sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +77,9 @@ test-packages: build ## the packages, on booted Debian of SUITES: install, upgra
 test-attack: build ## the attacks that docs/security.md names, on real containers with canaries on the host (root; part of test)
 	@scripts/test-attack
 
+test-crash: build ## kill -9 at every step of every operation, by every way in, and state that can't be written (half an hour; root); NAMES='job cdi' for some
+	@scripts/test-crash $(NAMES)
+
 soak: build ## TIME seconds of load (600) by every engine, with kills, gc and a rival tool, before an independent checker (root; SEED=N)
 	@scripts/soak $(or $(TIME),600) $(SEED)
 
@@ -97,7 +100,7 @@ check: ## formatting, clippy, documentation, shell scripts, licences and version
 	shellcheck --external-sources scripts/demo scripts/dependencies scripts/engines.sh scripts/fuzz \
 	    scripts/install-deps scripts/licences scripts/machine.sh \
 	    scripts/package scripts/picture scripts/roots.sh scripts/sbom scripts/soak scripts/tally.sh scripts/test scripts/test-attack \
-	    scripts/test-docs scripts/test-engines scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
+	    scripts/test-crash scripts/test-docs scripts/test-engines scripts/test-packages scripts/test-slurm .ci/run packaging/hpc/enroot/* packaging/hpc/lsf/*
 	scripts/dependencies
 
 audit: ## known vulnerabilities and withdrawn versions among the crates (needs RustSec's list; installs cargo-audit into target/tools)

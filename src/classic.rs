@@ -33,6 +33,7 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
     let Some(request) = asked? else { return Ok(()) };
     let nvml = Nvml::at(&settings.nvml);
     let engine = Engine::open(settings, &nvml)?;
+    let held = engine.leases_of_hooks(way(slice), &state.id, state.bundle.as_deref())?;
     // Where precreate or the shim edited the config, its container is served already; and where this hook was registered
     // for createRuntime and prestart, by its first call.
     if slice.is_none() {
@@ -41,10 +42,12 @@ pub(crate) fn create(settings: &Settings, slice: Option<&str>) -> Result<()> {
         {
             return Ok(());
         }
-        let held = engine.leases_of_hooks(Way::Classic, &state.id, state.bundle.as_deref())?;
         if held.iter().any(|lease| lease.holder.init == holder.init) {
             return Ok(());
         }
+    }
+    if !held.is_empty() {
+        engine.bury_former_life(&holder)?;
     }
     let site = match slice {
         Some(_) => None,

@@ -651,6 +651,21 @@ impl<'a> Engine<'a> {
         Ok(leases)
     }
 
+    /// Of what an earlier life of this container has left, whose end nobody told: the processes that are in its cgroup now are
+    /// those of the new one, and hold nothing of the old.
+    pub fn bury_former_life(&self, holder: &Holder) -> Result<(), Failure> {
+        let lock = self.store.lock(ACQUIRE_LOCK_WAIT)?;
+        let container = holder.container.as_deref().unwrap_or_default();
+        for mut lease in self.leases_of_hooks(holder.way, container, holder.bundle.as_deref())? {
+            let dead = lease.holder.init.is_some_and(|init| !host::alive(init));
+            if dead && lease.holder.cgroup == holder.cgroup && !self.store.is_claimed(&lease.token) {
+                lease.holder.cgroup = None;
+                self.store.put(&lock, &lease.token, &lease)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a lease stands that this container has, or is about to be bound to.
     pub fn serves(&self, token: &str, container: &str) -> Result<bool, Failure> {
         let lease = self.store.get::<Lease>(token, VERSION)?;

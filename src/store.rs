@@ -3,14 +3,13 @@
 //! Knows names and JSON, not what a lease is. Every write takes a [`Lock`], or the [`Claim`] on that very record, so one without
 //! does not compile.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -35,9 +34,9 @@ pub struct Store {
 /// Proof that this process holds the lock. Released on drop.
 #[derive(Debug)]
 pub struct Lock {
-    _file: Flock<File>,
+    _file: File,
     /// Of [`Store::lock_alone`]: nobody begins anything.
-    _alone: Option<Flock<File>>,
+    _alone: Option<File>,
 }
 
 /// Why the store can't be used.
@@ -156,8 +155,9 @@ impl Store {
     /// The boot that what is there belongs to.
     pub fn boot(&self) -> Result<Option<String>, StoreError> {
         let path = self.dir.join("boot_id");
-        match fs::read_to_string(&path) {
-            Ok(kept) => Ok(Some(kept.trim().to_owned())),
+        match fs::read(&path) {
+            // Whatever it is, it is another one.
+            Ok(kept) => Ok(Some(String::from_utf8_lossy(&kept).trim().to_owned())),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(io_error("read", &path)(e)),
         }
@@ -354,30 +354,25 @@ fn replace(path: &Path, temporary: &Path, text: &[u8]) -> Result<(), StoreError>
 
 /// Has that file locked, for us alone or `shared`, waiting at most `wait`. It is made once and never replaced: a renamed one
 /// would give each caller an inode of its own.
-fn flock(path: &Path, shared: bool, wait: Duration) -> Result<Flock<File>, StoreError> {
-    let open = || {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(path).map_err(io_error("open", path))
-    };
-    let (at_once, at_last) = match shared {
-        true => (FlockArg::LockSharedNonblock, FlockArg::LockShared),
-        false => (FlockArg::LockExclusiveNonblock, FlockArg::LockExclusive),
-    };
-    match Flock::lock(open()?, at_once) {
-        Ok(file) => return Ok(file),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
-        Err((_, errno)) => return Err(io_error("lock", path)(errno.into())),
+fn flock(path: &Path, shared: bool, wait: Duration) -> Result<File, StoreError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC).open(path).map_err(io_error("open", path))?;
+    match if shared { file.try_lock_shared() } else { file.try_lock() } {
+        Ok(()) => return Ok(file),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => return Err(io_error("lock", path)(error)),
     }
     // flock(2) has no timeout, and an alarm never fires under crun, which blocks every signal: so a thread waits. When
     // we give up, it is left behind and ends with the process; should it get the lock after all, the send fails and
     // the lock is dropped with the message.
-    let file = open()?;
     let (sender, receiver) = mpsc::sync_channel(0);
-    std::thread::spawn(move || sender.send(Flock::lock(file, at_last)));
+    std::thread::spawn(move || {
+        let locked = if shared { file.lock_shared() } else { file.lock() };
+        sender.send(locked.map(|()| file))
+    });
     match receiver.recv_timeout(wait) {
-        Ok(Ok(file)) => Ok(file),
-        Ok(Err((_, errno))) => Err(io_error("lock", path)(errno.into())),
+        Ok(locked) => locked.map_err(io_error("lock", path)),
         Err(_) => Err(StoreError::Busy { holder: holder_of(path), path: path.display().to_string(), waited: wait }),
     }
 }

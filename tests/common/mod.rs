@@ -316,6 +316,12 @@ impl Init {
     }
 }
 
+impl From<Child> for Init {
+    fn from(child: Child) -> Init {
+        Init(child)
+    }
+}
+
 impl Drop for Init {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -441,7 +447,8 @@ impl World {
     }
 
     /// What must hold at any time: every instance is one of `foreign`, unchanged, or the one slice of one lease; every
-    /// Active lease has what it says; nothing that is recorded overlaps. Returns the leases.
+    /// Active lease has what it says; nothing that is recorded overlaps. A foreign one may be lent to one lease. Returns the
+    /// leases.
     pub fn assert_consistent(&self, foreign: &[Value], when: &str) -> Vec<Value> {
         let (leases, machine) = (self.leases(), self.machine());
         let instances: Vec<(&Value, &Value)> = machine["gpus"]
@@ -473,8 +480,13 @@ impl World {
             );
         }
         let mut taken: Vec<(&Value, std::ops::Range<u64>)> = Vec::new();
-        let foreign_places =
-            instances.iter().filter(|(_, gi)| foreign.contains(gi)).map(|(gpu, gi)| (*gpu, &gi["placement"]));
+        let is_lent = |gpu: &Value, gi: &Value| {
+            slices.iter().any(|(_, s)| s["ours"] == false && s["gpu"] == *gpu && s["placement"] == gi["placement"])
+        };
+        let foreign_places = instances
+            .iter()
+            .filter(|(gpu, gi)| foreign.contains(gi) && !is_lent(gpu, gi))
+            .map(|(gpu, gi)| (*gpu, &gi["placement"]));
         for (gpu, at) in slices.iter().map(|(_, s)| (&s["gpu"], &s["placement"])).chain(foreign_places) {
             let start = at["start"].as_u64().unwrap();
             let span = start..start + at["size"].as_u64().unwrap();
