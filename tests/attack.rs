@@ -1,4 +1,4 @@
-//! Attacks that need no container, and the table of docs/security.md that names every one: `make test-attack` runs what it names.
+//! Attacks that need no container, and the pages that name tests: `make test-attack` runs those that docs/security.md names.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use common::{World, attack, binaries, config, feed, installed, run, skip, text};
 use serde_json::{Value, json};
 
-const PAGE: &str = include_str!("../docs/security.md");
+const SECURITY: &str = include_str!("../docs/security.md");
+const RELIABILITY: &str = include_str!("../docs/reliability.md");
 
-/// The tests that the page's tables name, as `BINARY::PATH`; `lib` for unit tests.
-fn named() -> Vec<&'static str> {
-    let rows = PAGE.lines().filter(|line| line.starts_with('|'));
+/// The tests that a page's tables name, as `BINARY::PATH`; `lib` for unit tests.
+fn named(page: &str) -> Vec<&str> {
+    let rows = page.lines().filter(|line| line.starts_with('|'));
     let names = rows.flat_map(|row| row.rsplit('|').nth(1).unwrap_or_default().split('`').skip(1).step_by(2));
     names.filter(|name| name.contains("::")).collect()
 }
@@ -36,16 +37,23 @@ fn place(name: &str) -> (String, &str) {
 }
 
 #[test]
-fn every_test_that_the_page_names_is_there() {
-    let names = named();
-    assert!(names.len() > 60, "the tables are read wrongly: {names:?}");
+fn every_test_that_a_page_names_is_there() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let missing = names.iter().filter(|name| {
-        let (file, function) = place(name);
-        let source = std::fs::read_to_string(root.join(&file)).unwrap_or_default();
-        !source.contains(&format!("fn {function}("))
-    });
-    assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "docs/security.md names what is not there");
+    for (page, least) in [(SECURITY, 60), (RELIABILITY, 40)] {
+        let names = named(page);
+        assert!(names.len() > least, "the tables are read wrongly: {names:?}");
+        let missing = names.iter().filter(|name| {
+            let (file, function) = place(name);
+            let source = std::fs::read_to_string(root.join(&file)).unwrap_or_default();
+            !source.contains(&format!("fn {function}("))
+        });
+        assert_eq!(missing.collect::<Vec<_>>(), Vec::<&&str>::new(), "named, and not there");
+    }
+}
+
+#[test]
+fn no_test_stands_for_two_attacks() {
+    let names = named(SECURITY);
     let mut once = BTreeMap::new();
     names.iter().for_each(|name| *once.entry(name).or_insert(0) += 1);
     once.retain(|_, times| *times > 1);
@@ -55,7 +63,7 @@ fn every_test_that_the_page_names_is_there() {
 /// No attack is left out of the page.
 #[test]
 fn every_attack_is_on_the_page() {
-    let names = named();
+    let names = named(SECURITY);
     let of = |binary: &str, source: &str| {
         let tests = source.split("#[test]\nfn ").skip(1).map(|rest| rest.split('(').next().unwrap().to_owned());
         tests.map(|test| format!("{binary}::{test}")).collect::<Vec<_>>()

@@ -5,7 +5,6 @@
 
 mod common;
 
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -273,33 +272,14 @@ fn has_fired(world: &World) -> bool {
 
 // ---- the page ----
 
-/// The tests that the table names are there, and none of this file is left out of it.
+/// None of this file is left out of the page.
 #[test]
 fn every_trouble_is_on_the_page() {
     let page = include_str!("../docs/reliability.md");
-    let table = page.split("## Driver trouble").nth(1).unwrap().split("\n## ").next().unwrap();
-    let named: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
-    assert!(named.len() > 10, "the table is read wrongly: {named:?}");
-    let tests = |source: &str| -> Vec<String> {
-        source.split("#[test]\nfn ").skip(1).map(|rest| rest.split('(').next().unwrap().to_owned()).collect()
-    };
-    for name in &named {
-        let (binary, rest) = name.split_once("::").unwrap();
-        let (file, test) = match rest.rsplit_once("::") {
-            Some((module, test)) => (format!("{binary}/{module}.rs"), test),
-            None => (format!("{binary}.rs"), rest),
-        };
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file);
-        let source = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(
-            tests(&source).iter().any(|known| known == test),
-            "docs/reliability.md names {name}, which is not there"
-        );
-    }
-    let own = tests(include_str!("trouble.rs"));
-    let left_out: Vec<&String> =
-        own.iter().skip(1).filter(|test| !named.contains(&format!("trouble::{test}").as_str())).collect();
-    assert_eq!(left_out, Vec::<&String>::new(), "not on the page");
+    let table = page.split("\n## Driver trouble\n").nth(1).unwrap().split("\n## ").next().unwrap();
+    let tests = include_str!("trouble.rs").split("#[test]\nfn ").skip(1).map(|rest| rest.split('(').next().unwrap());
+    let left_out: Vec<&str> = tests.skip(1).filter(|test| !table.contains(&format!("`trouble::{test}`"))).collect();
+    assert_eq!(left_out, Vec::<&str>::new());
 }
 
 // ---- a GPU that fails ----
