@@ -10,7 +10,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -452,10 +452,13 @@ fn end(mut child: Child, signal: &str) {
     child.wait().unwrap();
 }
 
-/// Ports that were free a moment ago.
+/// Ports that were free a moment ago, each given once. Not of those from which the kernel takes one for every connection
+/// (32768 and up, ip_local_port_range in ip(7)): it may be taken again before Slurm has it.
 fn free_ports(number: usize) -> Vec<u16> {
-    let bound: Vec<TcpListener> = (0..number).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    bound.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + (std::process::id() % 50) as u16 * 200;
+    let ports = std::iter::repeat_with(|| first + NEXT.fetch_add(1, Ordering::Relaxed));
+    ports.filter(|port| TcpListener::bind(("0.0.0.0", *port)).is_ok()).take(number).collect()
 }
 
 fn open_to_users(dir: &Path) {
