@@ -260,9 +260,14 @@ fn start_time(stat: &str) -> Option<u64> {
     }
 }
 
-/// Whether that very process is still alive.
+/// Whether that very process is still alive. One that can't be looked at is taken for alive: where memory or descriptors have run
+/// out, nobody has died of it.
 pub fn alive(process_id: ProcessId) -> bool {
-    process(process_id.pid) == Some(process_id)
+    match fs::read_to_string(format!("/proc/{}/stat", process_id.pid)) {
+        Ok(stat) => start_time(&stat) == Some(process_id.start),
+        // ESRCH: it ended between open and read.
+        Err(error) => error.kind() != io::ErrorKind::NotFound && error.raw_os_error() != Some(libc::ESRCH),
+    }
 }
 
 /// What a pid file says.

@@ -4,8 +4,10 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::cgroup::Cgroup;
-use common::{Init, World, config, state, text, token_in};
+use common::{Init, World, binaries, config, installed, run, skip, state, text, token_in};
 use serde_json::{Value, json};
 
 const A30: &str = "a30-24gb";
@@ -62,6 +64,32 @@ fn a_slice_is_given_again_only_when_nothing_is_left_in_the_cgroup_of_its_last_ho
     world.hook(&["poststop", "--lease", &token], &state("c1", 0, &world.path("bundle")));
     assert_eq!(world.leases(), Vec::<Value>::new(), "idle, though somebody may still be in it");
     world.assert_clean("after poststop");
+}
+
+/// A machine that is out of memory or descriptors must not be told from one on which everybody has died.
+#[test]
+fn a_first_process_that_can_not_be_looked_at_is_taken_for_alive() {
+    if !installed("strace") {
+        return skip("what can't be looked at", "strace is not installed");
+    }
+    let world = World::new(&[A30]);
+    let (token, init) = (granted(&world, "1g.6gb"), Init::start());
+    bind(&world, &token, &init);
+    let (lease, instances) = (world.lease(), world.instances());
+    let stat = format!("/proc/{}/stat", init.pid());
+    for error in ["EMFILE", "ENOMEM", "EIO"] {
+        let inject = format!("inject=openat:error={error}");
+        let mut gc = Command::new("strace");
+        gc.args(["-f", "-qqq", "-o", "/dev/null", "-P", &stat, "-e", "trace=openat", "-e", &inject]);
+        let output = run(gc.arg(binaries().join("migctl")).arg("--config").arg(world.config()).arg("gc"));
+        assert!(output.status.success(), "{error}: {}", text(&output));
+        assert_eq!(
+            (world.lease(), world.instances()),
+            (lease.clone(), instances.clone()),
+            "{error}: {}",
+            text(&output)
+        );
+    }
 }
 
 #[test]
