@@ -77,7 +77,7 @@ test-packages: build ## the packages, on booted Debian of SUITES: install, upgra
 test-attack: build ## the attacks that docs/security.md names, on real containers with canaries on the host (root; part of test)
 	@scripts/test-attack
 
-test-crash: build ## kill -9 at every step of every operation, by every way in, and state that can't be written (half an hour; root); NAMES='job cdi' for some
+test-crash: build ## kill -9 at every step of every operation, by every way in, and state that can't be written (a quarter of an hour; root); NAMES='job cdi' for some
 	@scripts/test-crash $(NAMES)
 
 soak: build ## TIME seconds of load (600) by every engine, with kills, gc and a rival tool, before an independent checker (root; SEED=N)

@@ -205,9 +205,9 @@ fn gi_of(world: &World, token: &str) -> String {
 
 /// Result and reason of the only lease's gc.
 fn gc(world: &World) -> (String, String) {
-    let actions = world.document(&["gc"])["actions"].clone();
-    let [action] = actions.as_array().unwrap().as_slice() else { panic!("{actions:#}") };
-    ["result", "reason"].map(|key| action[key].as_str().unwrap().to_owned()).into()
+    let actions = world.gc();
+    let [action] = actions.as_slice() else { panic!("{actions:?}") };
+    action.clone()
 }
 
 /// As if the pause after a try to destroy what an agent has open were over.

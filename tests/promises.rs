@@ -26,27 +26,25 @@ fn bind(world: &World, token: &str, init: &Init) {
     assert!(output.status.success(), "{}", text(&output));
 }
 
-/// Result and reason of one gc, for each lease.
-fn gc(world: &World) -> Vec<(String, String)> {
-    let actions = world.document(&["gc"])["actions"].clone();
-    let word = |action: &Value, key: &str| action[key].as_str().unwrap().to_owned();
-    actions.as_array().unwrap().iter().map(|action| (word(action, "result"), word(action, "reason"))).collect()
+/// The lease of a container whose first process is dead, and what is left in its cgroup.
+fn ended_but_for_one(world: &World, cgroup: &Cgroup) -> (String, Init) {
+    world.settings(WITH_OPEN_RULES);
+    let token = granted(world, "1g.6gb");
+    let (init, left) = (Init::in_cgroup(cgroup), Init::in_cgroup(cgroup));
+    bind(world, &token, &init);
+    assert_eq!(world.lease()["holder"]["cgroup"], cgroup.path());
+    (token, left)
 }
 
 #[test]
 fn what_is_left_in_a_containers_cgroup_keeps_its_slice() {
     let Some(cgroup) = Cgroup::new("what is left in a container's cgroup") else { return };
     let world = World::new(&[A30]);
-    world.settings(WITH_OPEN_RULES);
-    let token = granted(&world, "1g.6gb");
-    let (init, left) = (Init::in_cgroup(&cgroup), Init::in_cgroup(&cgroup));
-    bind(&world, &token, &init);
-    assert_eq!(world.lease()["holder"]["cgroup"], cgroup.path());
-    drop(init);
-    let actions = gc(&world);
+    let (_, left) = ended_but_for_one(&world, &cgroup);
+    let actions = world.gc();
     assert!(matches!(&actions[..], [(kept, why)] if kept == "kept" && why.contains("cgroup")), "{actions:?}");
     drop(left);
-    let actions = gc(&world);
+    let actions = world.gc();
     assert!(matches!(&actions[..], [(freed, _)] if freed == "freed"), "{actions:?}");
     assert_eq!(world.lease()["state"], "idle");
 }
@@ -55,11 +53,7 @@ fn what_is_left_in_a_containers_cgroup_keeps_its_slice() {
 fn a_slice_is_given_again_only_when_nothing_is_left_in_the_cgroup_of_its_last_holder() {
     let Some(cgroup) = Cgroup::new("a slice that is given again") else { return };
     let world = World::new(&[A30]);
-    world.settings(WITH_OPEN_RULES);
-    let token = granted(&world, "1g.6gb");
-    let (init, _left) = (Init::in_cgroup(&cgroup), Init::in_cgroup(&cgroup));
-    bind(&world, &token, &init);
-    drop(init);
+    let (token, _left) = ended_but_for_one(&world, &cgroup);
     // The runtime says that it is over. What it has not killed must not meet the next holder: the slice is cut anew.
     world.hook(&["poststop", "--lease", &token], &state("c1", 0, &world.path("bundle")));
     assert_eq!(world.leases(), Vec::<Value>::new(), "idle, though somebody may still be in it");
@@ -100,7 +94,7 @@ fn when_state_is_lost_every_instance_is_foreign_until_it_is_adopted() {
     let there = world.instances();
     std::fs::remove_dir_all(world.path("state")).unwrap();
     let shown = || world.document(&["list"])["gpus"][0]["slices"][0]["state"].clone();
-    assert_eq!((shown(), gc(&world)), (json!("foreign"), vec![]));
+    assert_eq!((shown(), world.gc()), (json!("foreign"), vec![]));
     // Others find room beside it, or none.
     let beside = granted(&world, "1g.6gb");
     let refused = world.hook(&["precreate"], config(json!({"mig.profile": "4g.24gb"}), &[]).to_string().as_bytes());

@@ -154,7 +154,7 @@ impl Engine<'_> {
                 ToDestroy::Not(obstacle) => Some(obstacle),
                 ToDestroy::Instance(instance) => match users.of(&slice.gpu, slice.gpu_minor, &instance)? {
                     None => None,
-                    Some(pid) if self.may_stay_watched(&lease)? => Some(Obstacle::Watched(watching(pid))),
+                    Some(pid) if self.may_stay_watched(&lease, &users)? => Some(Obstacle::Watched(watching(pid))),
                     Some(pid) => Some(Obstacle::Busy(format!("{} uses it", user_in_words(pid)))),
                 },
             };
@@ -255,11 +255,11 @@ impl Engine<'_> {
         let users = self.users();
         Ok(match users.of(&slice.gpu, slice.gpu_minor, instance)? {
             // Nobody is to be seen for a moment also where the driver has not let go yet of who has ended.
-            None if has_just_ended(lease.ended_ms) || !self.may_stay_watched(lease)? => Obstacle::Busy(what),
+            None if has_just_ended(lease.ended_ms) || !self.may_stay_watched(lease, &users)? => Obstacle::Busy(what),
             None => {
                 users.agent_on(slice.gpu_minor)?.map_or(Obstacle::Busy(what), |pid| Obstacle::Watched(watching(pid)))
             }
-            Some(pid) if self.may_stay_watched(lease)? => Obstacle::Watched(watching(pid)),
+            Some(pid) if self.may_stay_watched(lease, &users)? => Obstacle::Watched(watching(pid)),
             Some(pid) => Obstacle::Busy(format!("{what}; {} uses it", user_in_words(pid))),
         })
     }

@@ -22,25 +22,25 @@ impl Engine<'_> {
             && lease.state == State::Active
             && lease.slices.iter().all(|slice| is_ours_alone(slice) && slice.step == Step::Whole)
             && self.occupant(lease).is_none()
-            && self.are_unused(&lease.slices).unwrap_or(false)
+            && self.are_unused(&lease.slices, &self.users()).unwrap_or(false)
     }
 
     /// Whether what an ended holder has had may wait for the next one although it can't be destroyed: what is left is whole,
     /// cut by us, and nobody has it but who watches it.
-    pub(super) fn may_stay_watched(&self, lease: &Lease) -> Result<bool, Failure> {
+    pub(super) fn may_stay_watched(&self, lease: &Lease, users: &Users<'_>) -> Result<bool, Failure> {
         let left: Vec<Slice> = lease.slices.iter().filter(|slice| slice.step != Step::Gone).cloned().collect();
         let is_a_holders = !matches!(lease.holder.way, Way::Create | Way::Adopt);
         Ok(is_a_holders
             && left.iter().all(is_ours_alone)
             && self.occupant(lease).is_none()
-            && self.are_unused(&left)?)
+            && self.are_unused(&left, users)?)
     }
 
     /// Whether nobody has these slices open, on GPUs that take new holders.
-    fn are_unused(&self, slices: &[Slice]) -> Result<bool, Failure> {
-        let (cordons, users) = (self.cordons()?, self.users());
+    fn are_unused(&self, slices: &[Slice], users: &Users<'_>) -> Result<bool, Failure> {
+        let cordons = self.cordons()?;
         for slice in slices {
-            if cordons.contains_key(&slice.gpu) || !self.is_unused(slice, &users)? {
+            if cordons.contains_key(&slice.gpu) || !self.is_unused(slice, users)? {
                 return Ok(false);
             }
         }

@@ -145,6 +145,13 @@ impl World {
         self.document(&["leases"])["leases"].as_array().unwrap().clone()
     }
 
+    /// Result and reason of one `migctl gc` that must succeed, for each lease.
+    pub fn gc(&self) -> Vec<(String, String)> {
+        let word = |action: &Value, key: &str| action[key].as_str().unwrap().to_owned();
+        let actions = self.document(&["gc"])["actions"].clone();
+        actions.as_array().unwrap().iter().map(|action| (word(action, "result"), word(action, "reason"))).collect()
+    }
+
     /// Nothing is held and nothing is cut.
     pub fn assert_clean(&self, when: &str) {
         assert_eq!(self.leases(), Vec::<Value>::new(), "leases left {when}");
